@@ -1,0 +1,5 @@
+"""jaxcl: models that keep learning and stay small, as pure JAX functions.
+
+Import the module you need: ``from jaxcl import bottleneck``. From the ground up they are ``typing``, ``trees``,
+``nearest``, ``quantize``, ``bottleneck``, ``continual``, ``nets``, ``data`` and ``report``.
+"""

@@ -1,0 +1,268 @@
+"""The discrete key-value bottleneck: class-incremental learning with no task boundaries (Träuble et al., ICML 2023).
+
+A frozen encoder's feature is projected into many heads; in each, the nearest of the codebook's keys fetches its value;
+the values vote. Keys are fitted once, without labels, and never move again: only the values that an example fetches
+learn from it, so that what other examples learned stays. As neither encoder nor keys move, the pairs an example
+fetches never change: look them up once, keep the indices, and train on those.
+"""
+
+from collections.abc import Callable
+from typing import Literal, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+from jaxcl.nearest import nearest_codes, nearest_k_codes
+from jaxcl.quantize import EMAState, draw_replacements, initial_averages, replace_codes, update_averages, usage
+from jaxcl.trees import Rows, is_rows
+from jaxcl.typing import (
+    Array,
+    Key,
+    PyTree,
+    bad_argument,
+    check_at_least,
+    check_between,
+    check_choice,
+    check_rank,
+    check_width,
+)
+
+
+class KeyState(NamedTuple):
+    """What a bottleneck keeps beside its values: none of it learns by gradients."""
+
+    projection: Array | None  # [C, D, W], columns of unit length; None where features are cut into chunks
+    keys: EMAState  # codebook [C, J, W], counts [C, J], sums [C, J, W]
+    usage: Array  # [C, J] int32, how often each pair was fetched, as far as `count_usage` was told
+
+
+class _FitKeys(Protocol):
+    def __call__(
+        self, key: Key, params: PyTree, state: KeyState, features: Array, *, axis_name: str | None = None
+    ) -> KeyState: ...
+
+
+class _Lookup(Protocol):
+    def __call__(self, params: PyTree, state: KeyState, features: Array, *, used_only: bool = False) -> Array: ...
+
+
+class Bottleneck(NamedTuple):
+    """A discrete key-value bottleneck: pure functions over params ``{"values": [C, J, V]}`` and a `KeyState`."""
+
+    init: Callable[[Key], tuple[PyTree, KeyState]]  # (key) -> (params, state)
+    fit_keys: _FitKeys  # (key, params, state, features [..., D], *, axis_name) -> state
+    lookup: _Lookup  # (params, state, features [..., D], *, used_only) -> indices [..., C, top_k] int32
+    read: Callable[[PyTree, Array], Array]  # (params, indices [..., C, top_k]) -> values [..., C, top_k, V]
+    count_usage: Callable[[KeyState, Array], KeyState]  # (state, indices [..., C, top_k]) -> state
+
+
+def discrete_key_value_bottleneck(
+    feature_width: int,
+    value_width: int,
+    *,
+    codebooks: int = 256,
+    pairs: int = 4096,
+    key_width: int = 14,
+    top_k: int = 1,
+    projection: Literal["random", "chunk"] = "random",
+    decay: float = 0.95,
+    dead_share: float = 0.1,
+    averages: Literal["sound", "authors"] = "sound",
+) -> Bottleneck:
+    """The bottleneck of Träuble et al. 2023; the defaults are the published ones for CIFAR-10.
+
+    * `init` draws the projection and N(0, 1) keys and sets the values to zero.
+    * `fit_keys` is one unsupervised step on a batch: keys become moving averages of the heads that chose them, and keys
+      chosen too rarely are put on heads of the batch. The key of randomness must be equal on all devices of
+      `axis_name`. Call it some epochs long, in any order, on features from any source; then leave the keys alone.
+    * `lookup` is the expensive part. `used_only` leaves out pairs whose `usage` is 0. (The authors give such pairs the
+      smallest score found in the call, which depends on the batch; here they cannot win against a used one.)
+    * `read` fetches values. It is differentiable, and its gradient dense; `continual.key_value_bottleneck` shows how
+      the fetched rows alone learn.
+    * `count_usage` adds to `usage`.
+
+    Leading axes of features are free: batches [B, D], or positions of a feature map [B, P, D].
+
+    Args:
+        feature_width: D.
+        value_width: V; the number of classes where the values vote.
+        codebooks: C.
+        pairs: J, at most 65,536 so that indices fit 16 bits.
+        key_width: W.
+        top_k: pairs fetched in each codebook.
+        projection: "random" multiplies by a fixed Gaussian matrix with columns of unit length; "chunk" cuts a feature
+            of width C * W into C pieces.
+        decay: of the keys' moving averages, a step.
+        dead_share: a key whose average count falls under this share of an even load (heads / J) is replaced; 0: none.
+        averages: "sound" starts counts and sums at zero, leaves a key that nothing chose in its place, and resets the
+            averages of a replaced key to an even load. "authors" is the authors' code: sums start at the random keys
+            and counts at zero, so a key that nothing chose leaves for infinity and the others are dragged by their
+            start for many steps; counts are smoothed by 1e-5; replaced keys keep the averages of the dead ones, and
+            two of them may get the same head.
+
+    Raises:
+        ValueError: a size below 1, more than 65,536 pairs, `top_k` above J, chunks that do not fit, an option unknown;
+            in use, features of another width.
+    """
+    for name, size in (
+        ("feature_width", feature_width), ("value_width", value_width), ("codebooks", codebooks), ("pairs", pairs),
+        ("key_width", key_width), ("top_k", top_k),
+    ):  # fmt: skip
+        check_at_least(name, size, 1)
+    check_between("pairs", pairs, 1, 2**16)
+    check_between("top_k", top_k, 1, pairs)
+    check_choice("projection", projection, ("random", "chunk"))
+    check_choice("averages", averages, ("sound", "authors"))
+    check_between("decay", decay, 0, 1)
+    check_between("dead_share", dead_share, 0, 1)
+    if projection == "chunk" and feature_width != codebooks * key_width:
+        raise bad_argument(
+            "feature_width", feature_width, f"chunks need codebooks * key_width = {codebooks * key_width} features"
+        )
+
+    def init(key: Key) -> tuple[PyTree, KeyState]:
+        projection_key, keys_key = jax.random.split(key)
+        matrix = None
+        if projection == "random":
+            matrix = jax.random.normal(projection_key, (codebooks, feature_width, key_width))
+            matrix /= jnp.linalg.norm(matrix, axis=1, keepdims=True)
+        keys = jax.random.normal(keys_key, (codebooks, pairs, key_width))
+        state = jax.vmap(lambda codebook: initial_averages(codebook, 0.0))(keys)
+        if averages == "authors":
+            state = state._replace(sums=keys)
+        params = {"values": jnp.zeros((codebooks, pairs, value_width))}
+        return params, KeyState(matrix, state, jnp.zeros((codebooks, pairs), jnp.int32))
+
+    def heads(state: KeyState, features: Array) -> Array:
+        """[C, N, W] from features [..., D]."""
+        check_width("features", features, feature_width, "the bottleneck")
+        flat = lax.stop_gradient(features.reshape(-1, feature_width).astype(jnp.float32))
+        if state.projection is None:
+            return flat.reshape(-1, codebooks, key_width).swapaxes(0, 1)
+        return jnp.einsum("nd,cdw->cnw", flat, state.projection, precision=lax.Precision.HIGHEST)
+
+    def fit_keys(
+        key: Key, params: PyTree, state: KeyState, features: Array, *, axis_name: str | None = None
+    ) -> KeyState:
+        points = heads(state, features)
+        indices = _each_codebook(nearest_codes, points, state.keys.codebook)
+        epsilon = 0.0 if averages == "sound" else 1e-5
+
+        def update(averages: EMAState, x: Array, indices: Array) -> EMAState:
+            return update_averages(averages, x, indices, decay=decay, epsilon=epsilon, axis_name=axis_name)
+
+        fitted = jax.vmap(update)(state.keys, points, indices)
+        if dead_share > 0:
+            batch = points.shape[1] * (1 if axis_name is None else lax.axis_size(axis_name))
+            even_load = batch / pairs
+            dead = fitted.counts < dead_share * even_load
+            rows, dead = jax.vmap(lambda x, dead: draw_replacements(key, x, dead, axis_name=axis_name))(points, dead)
+            if averages == "sound":
+                fitted = jax.vmap(lambda *args: replace_codes(*args, count=even_load))(fitted, rows, dead)
+            else:
+                fitted = fitted._replace(codebook=jnp.where(dead[..., None], rows, fitted.codebook))
+        return state._replace(keys=fitted)
+
+    def lookup(params: PyTree, state: KeyState, features: Array, *, used_only: bool = False) -> Array:
+        eligible = state.usage > 0 if used_only else jnp.ones((codebooks, pairs), bool)
+
+        def search(x: Array, codebook: Array, eligible: Array) -> Array:
+            if top_k == 1:
+                return nearest_codes(x, codebook, eligible=eligible)[:, None]
+            return nearest_k_codes(x, codebook, top_k, eligible=eligible)
+
+        indices = _each_codebook(search, heads(state, features), state.keys.codebook, eligible)
+        return indices.swapaxes(0, 1).reshape(*features.shape[:-1], codebooks, top_k)
+
+    def read(params: PyTree, indices: Array) -> Array:
+        return params["values"].reshape(-1, value_width).at[pair_numbers(indices, pairs)].get(mode="promise_in_bounds")
+
+    def count_usage(state: KeyState, indices: Array) -> KeyState:
+        counts = jax.vmap(lambda fetched: usage(fetched, pairs), in_axes=-2)(indices)
+        return state._replace(usage=state.usage + counts)
+
+    return Bottleneck(init, fit_keys, lookup, read, count_usage)
+
+
+def pair_numbers(indices: Array, pairs: int) -> Array:
+    """Rows of the table of values [C, J, V], its first two axes flattened, from indices [..., C, top_k]; int32."""
+    return indices.astype(jnp.int32) + jnp.arange(indices.shape[-2], dtype=jnp.int32)[:, None] * pairs
+
+
+def vote(values: Array) -> Array:
+    """The voting decoder: the mean over codebooks of the sum over the fetched pairs, [..., C, top_k, V] -> [..., V].
+
+    As the authors' code has it, without a softmax before the mean. For positions, take the mean over them too.
+    """
+    if values.ndim < 3:
+        check_rank("values", values, 3)
+    return values.sum(axis=-2).mean(axis=-2)
+
+
+def sparse_sgd(learning_rate: float, *, max_norm: float | None = None) -> optax.GradientTransformation:
+    """Gradient descent for gradients that may hold `trees.Rows`: the dense rule, at the cost of the rows alone.
+
+    Equal to ``optax.chain(clip, optax.sgd(learning_rate))`` on the dense gradient, where ``clip`` scales by
+    ``min(1, max_norm / (norm + 1e-6))``, PyTorch's rule and the authors', and the norm is over all leaves. Apply its
+    updates with `trees.apply_updates`. For momentum see `continual.key_value_bottleneck`.
+
+    The norm of a sum of rows needs rows that coincide to be added up first, which costs more than all the rest of a
+    step. But no norm exceeds the sum of the examples' own, in which no rows coincide: only where that bound passes
+    `max_norm` is the norm itself worked out.
+
+    Args:
+        learning_rate: constant.
+        max_norm: global norm above which gradients are scaled down; None never does.
+    """
+
+    def update(
+        updates: PyTree, state: optax.EmptyState, params: PyTree | None = None
+    ) -> tuple[PyTree, optax.EmptyState]:
+        factor = jnp.float32(-learning_rate)
+        if max_norm is not None:
+            leaves = jax.tree.leaves(updates, is_leaf=is_rows)
+            bound = sum((_norm_bound(leaf) for leaf in leaves), jnp.float32(0))
+            factor *= lax.cond(
+                bound + 1e-6 <= max_norm,
+                lambda leaves: jnp.float32(1),
+                lambda leaves: jnp.minimum(1.0, max_norm / (jnp.sqrt(sum(map(_squared_norm, leaves))) + 1e-6)),
+                leaves,
+            )
+
+        def scale(update: Array | Rows) -> Array | Rows:
+            return update._replace(values=update.values * factor) if isinstance(update, Rows) else update * factor
+
+        return jax.tree.map(scale, updates, is_leaf=is_rows), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
+def _norm_bound(gradient: Array | Rows) -> Array:
+    """An upper bound of the norm, exact for a dense gradient: the sum over examples of the norms of their parts."""
+    if not isinstance(gradient, Rows):
+        return jnp.sqrt(_squared_norm(gradient))
+    return jnp.sqrt(jnp.sum(jnp.square(gradient.values), axis=range(1, gradient.values.ndim))).sum()
+
+
+def _squared_norm(gradient: Array | Rows) -> Array:
+    if not isinstance(gradient, Rows):
+        return jnp.sum(jnp.square(gradient))
+    numbers = gradient.numbers.reshape(-1)
+    order = jnp.argsort(numbers)
+    numbers = numbers[order]
+    group = jnp.cumsum(jnp.concatenate([jnp.zeros(1, jnp.int32), (numbers[1:] != numbers[:-1]).astype(jnp.int32)]))
+    rows = gradient.values.reshape(numbers.size, -1)
+    return jnp.sum(jnp.square(jnp.zeros_like(rows).at[group].add(rows[order], indices_are_sorted=True)))
+
+
+def _each_codebook(search: Callable[..., Array], *args: Array) -> Array:
+    """`search` on each codebook's share of `args` [C, ...].
+
+    In turn on CPU, where one search fills the cores and its scores stay in cache (a third of the time, measured); else
+    all at once.
+    """
+    return lax.platform_dependent(
+        *args, cpu=lambda *args: lax.map(lambda one: search(*one), args), default=jax.vmap(search)
+    )

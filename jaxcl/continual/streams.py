@@ -1,0 +1,249 @@
+"""Streams of tasks over in-memory examples.
+
+A stream never copies its examples: a task is a set of row numbers, and what differs between domains (a permutation, a
+rotation) is a pure function applied to each batch as it is read. So every task has the same shapes, and one compiled
+program serves them all.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxcl.typing import (
+    Array,
+    ArrayLike,
+    Key,
+    PyTree,
+    bad_argument,
+    check_at_least,
+    check_finite,
+    check_labels,
+    check_rank,
+)
+
+View = Callable[[PyTree, Array, Array], Array]
+
+
+class Examples(NamedTuple):
+    """Inputs and their classes."""
+
+    inputs: ArrayLike  # [N, ...]
+    labels: ArrayLike  # [N] integers in [0, K)
+
+
+class Selection(NamedTuple):
+    """Which examples, each seen as an example of which task."""
+
+    rows: np.ndarray  # [M] int32
+    tasks: np.ndarray  # [M] int32
+
+
+class Stream(NamedTuple):
+    """Tasks that come one after another."""
+
+    train: Examples
+    test: Examples
+    train_sets: tuple[Selection, ...]  # one a training stage: T of them, or one if trained jointly
+    test_sets: tuple[Selection, ...]  # one a task
+    eligible: np.ndarray  # [T, K] bool, the classes an answer may come from in each task
+    task_known: bool  # whether the method is told the task at test time
+    view: View  # (view_table, inputs [B, ...], tasks [B]) -> inputs [B, ...], as their tasks show them
+    view_table: PyTree  # arrays that `view` reads
+
+
+def class_incremental(
+    key: Key | None, train: Examples, test: Examples, *, classes_per_task: int | Sequence[int]
+) -> Stream:
+    """Each task brings new classes; at test time any class may be the answer and no task is told.
+
+    Args:
+        key: decides the order of classes; None leaves them in numerical order.
+        train: examples to learn from; there are as many classes as the largest label says.
+        test: examples to be tested on.
+        classes_per_task: one number for all tasks, or one a task; they must add up to the number of classes.
+
+    Raises:
+        ValueError: labels out of range, NaN in the inputs, lengths that differ, or a task without examples.
+    """
+    return _by_class(key, train, test, classes_per_task, told=False)
+
+
+def task_incremental(
+    key: Key | None, train: Examples, test: Examples, *, classes_per_task: int | Sequence[int]
+) -> Stream:
+    """As `class_incremental`, but the task is told at test time and only its own classes may be the answer.
+
+    One output a class of each task, the others left out of the loss and of the answer, is a head a task.
+    """
+    return _by_class(key, train, test, classes_per_task, told=True)
+
+
+def permuted(key: Key, train: Examples, test: Examples, *, tasks: int) -> Stream:
+    """Domain-incremental: in each task the same examples with their input values in another order; the first as it is.
+
+    Arguments and errors as in `class_incremental`; `tasks` is T.
+    """
+    check_at_least("tasks", tasks, 1)
+    width = int(np.prod(train.inputs.shape[1:]))
+    orders = jax.vmap(lambda key: jax.random.permutation(key, width))(jax.random.split(key, tasks))
+    return _by_domain(train, test, tasks, _permute, orders.at[0].set(jnp.arange(width)))
+
+
+def rotated(train: Examples, test: Examples, *, degrees: Sequence[float]) -> Stream:
+    """Domain-incremental: in each task the same images, turned counter-clockwise about their middle by some degrees.
+
+    Values between pixels are interpolated linearly; what comes from outside the image is 0. Images are [N, H, W] or
+    [N, H, W, channels]. Other arguments and errors as in `class_incremental`.
+    """
+    check_at_least("degrees, their number", len(degrees), 1)
+    check_rank("train.inputs", train.inputs, 3, 4)
+    tables = [_rotation(angle, *train.inputs.shape[1:3]) for angle in degrees]
+    places, weights = (jnp.asarray(np.stack(table)) for table in zip(*tables, strict=True))
+    return _by_domain(train, test, len(degrees), _rotate, (places, weights))
+
+
+def joint(stream: Stream) -> Stream:
+    """One training stage over all tasks of `stream` at once, tested on each: the ceiling for learning in turn."""
+    rows = np.concatenate([selection.rows for selection in stream.train_sets])
+    tasks = np.concatenate([selection.tasks for selection in stream.train_sets])
+    return stream._replace(train_sets=(Selection(rows, tasks),))
+
+
+def map_inputs(stream: Stream, function: Callable[[Array], Array], *, batch_size: int = 1024) -> Stream:
+    """The stream with `function` applied to all inputs once: a frozen encoder, or the look-up of keys.
+
+    Args:
+        stream: a stream whose tasks show inputs as they are.
+        function: inputs [B, ...] -> outputs [B, ...], jitted here, one compilation.
+        batch_size: B; a last batch is filled up with its first example, and cut.
+
+    Raises:
+        ValueError: the stream is permuted or rotated, so that a feature would depend on the task.
+    """
+    if stream.view is not _as_they_are:
+        raise bad_argument(
+            "stream", "one with a view", "apply the feature stage to a class- or task-incremental stream"
+        )
+    check_at_least("batch_size", batch_size, 1)
+    jitted = jax.jit(function)
+
+    def apply(examples: Examples) -> Examples:
+        inputs, parts = np.asarray(examples.inputs), []
+        for start in range(0, len(inputs), batch_size):
+            rows = np.minimum(np.arange(start, start + batch_size), len(inputs) - 1)
+            parts.append(np.asarray(jitted(inputs[rows])))
+        return examples._replace(inputs=np.concatenate(parts)[: len(inputs)])
+
+    return stream._replace(train=apply(stream.train), test=apply(stream.test))
+
+
+def check_examples(argument: str, examples: Examples, classes: int) -> None:
+    """Raises ValueError unless `examples` are as many finite inputs as labels, all in `[0, classes)`, at least one."""
+    check_labels(f"{argument}.labels", examples.labels, classes)
+    if len(examples.inputs) != len(examples.labels) or not len(examples.labels):
+        raise bad_argument(
+            argument, f"{len(examples.inputs)} inputs and {len(examples.labels)} labels", "pass one label an input"
+        )
+    check_finite(f"{argument}.inputs", examples.inputs)
+
+
+def _by_class(
+    key: Key | None, train: Examples, test: Examples, classes_per_task: int | Sequence[int], *, told: bool
+) -> Stream:
+    classes = int(np.asarray(train.labels).max(initial=-1)) + 1
+    check_examples("train", train, classes)
+    check_examples("test", test, classes)
+    sizes = _task_sizes(classes_per_task, classes)
+    order = np.arange(classes) if key is None else np.asarray(jax.random.permutation(key, classes))
+    groups = np.split(order, np.cumsum(sizes)[:-1])
+    own = np.zeros((len(groups), classes), bool)
+    for task, group in enumerate(groups):
+        own[task, group] = True
+
+    def select(argument: str, labels: np.ndarray) -> tuple[Selection, ...]:
+        selections = []
+        for task, group in enumerate(groups):
+            rows = np.flatnonzero(own[task][labels]).astype(np.int32)
+            if not len(rows):
+                raise bad_argument(
+                    argument, f"no example of task {task}, classes {[int(c) for c in group]}",
+                    "leave those classes out or pass examples of them",
+                )  # fmt: skip
+            selections.append(Selection(rows, np.full(len(rows), task, np.int32)))
+        return tuple(selections)
+
+    return Stream(
+        train=train,
+        test=test,
+        train_sets=select("train.labels", np.asarray(train.labels)),
+        test_sets=select("test.labels", np.asarray(test.labels)),
+        eligible=own if told else np.ones_like(own),
+        task_known=told,
+        view=_as_they_are,
+        view_table=(),
+    )
+
+
+def _task_sizes(classes_per_task: int | Sequence[int], classes: int) -> list[int]:
+    if isinstance(classes_per_task, int):
+        check_at_least("classes_per_task", classes_per_task, 1)
+        sizes = [classes_per_task] * (classes // classes_per_task)
+    else:
+        sizes = list(classes_per_task)
+        check_at_least("classes_per_task", min(sizes, default=0), 1)
+    if sum(sizes) != classes:
+        raise bad_argument("classes_per_task", classes_per_task, f"the tasks must use up all {classes} classes")
+    return sizes
+
+
+def _by_domain(train: Examples, test: Examples, tasks: int, view: View, table: PyTree) -> Stream:
+    classes = int(np.asarray(train.labels).max(initial=-1)) + 1
+    check_examples("train", train, classes)
+    check_examples("test", test, classes)
+
+    def select(examples: Examples) -> tuple[Selection, ...]:
+        rows = np.arange(len(examples.labels), dtype=np.int32)
+        return tuple(Selection(rows, np.full(len(rows), task, np.int32)) for task in range(tasks))
+
+    everything = np.ones((tasks, classes), bool)
+    return Stream(train, test, select(train), select(test), everything, False, view, table)
+
+
+def _as_they_are(table: PyTree, inputs: Array, tasks: Array) -> Array:
+    return inputs
+
+
+def _permute(orders: Array, inputs: Array, tasks: Array) -> Array:
+    flat = inputs.reshape(len(inputs), -1)
+    return jnp.take_along_axis(flat, orders[tasks], axis=1).reshape(inputs.shape)
+
+
+def _rotate(table: tuple[Array, Array], inputs: Array, tasks: Array) -> Array:
+    places, weights = table[0][tasks], table[1][tasks]  # [B, 4, H * W]: the four pixels about each source point
+    flat = inputs.reshape(len(inputs), places.shape[-1], -1).astype(weights.dtype)
+    corners = jax.vmap(lambda image, places: image[places])(flat, places)
+    return jnp.sum(corners * weights[..., None], axis=1).reshape(inputs.shape)
+
+
+def _rotation(degrees: float, height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
+    """Places and weights, both [4, H * W], of the pixels that each pixel of the turned image mixes."""
+    angle = np.deg2rad(degrees)
+    middle = np.array([(height - 1) / 2, (width - 1) / 2])[:, None]
+    down, right = np.indices((height, width)).reshape(2, -1) - middle
+    # Rows count downwards: turning the image counter-clockwise reads each pixel from where a clockwise turn puts it.
+    source = np.stack([np.cos(angle) * down + np.sin(angle) * right, np.cos(angle) * right - np.sin(angle) * down])
+    source = np.round(source + middle, 9)  # a quarter turn falls on pixels exactly
+    corner = np.floor(source).astype(int)
+    share = source - corner
+    places, weights = [], []
+    for below in (0, 1):
+        for beside in (0, 1):
+            row, column = corner[0] + below, corner[1] + beside
+            inside = (row >= 0) & (row < height) & (column >= 0) & (column < width)
+            weight = np.abs(1 - below - share[0]) * np.abs(1 - beside - share[1])
+            places.append(np.where(inside, row * width + column, 0))
+            weights.append(np.where(inside, weight, 0))
+    return np.stack(places).astype(np.int32), np.stack(weights).astype(np.float32)

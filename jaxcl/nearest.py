@@ -1,0 +1,185 @@
+"""Nearest-code search: exact, in blocks, on one device or with the codebook split over many.
+
+``argmin_k |x - c_k|^2 = argmax_k (x . c_k - |c_k|^2 / 2)``, and with every vector normalised the same search is that of
+the cosine. Scores are float32 whatever the inputs' dtype. Ties go to the lowest index. A vector with NaN in it gets a
+defined index (0); a code with NaN or infinity in it is never chosen. Nothing here has a gradient: gradients flow
+through looking codes up.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal
+
+import jax.numpy as jnp
+from jax import lax
+
+from jaxcl.typing import Array, check_at_least, check_choice, check_rank, check_width
+
+Metric = Literal["euclidean", "cosine"]
+Pair = tuple[Array, Array]
+_METRICS = ("euclidean", "cosine")
+# Codes a block. Measured on CPU: 256 to 1,024 are alike (the block's scores stay in cache), above that it gets slower.
+# The GPU figure is an estimate (few, large products; 16 kB of scores a vector). TPU compilers fuse the score matrix
+# away, so there the whole codebook is one block.
+_BLOCK = {"cpu": 512, "cuda": 4096, "rocm": 4096}
+
+
+def nearest_codes(
+    x: Array,
+    codebook: Array,
+    *,
+    metric: Metric = "euclidean",
+    block_size: int | None = None,
+    axis_name: str | None = None,
+    eligible: Array | None = None,
+) -> Array:
+    """Index of the code nearest to each vector.
+
+    Args:
+        x: vectors, [..., D], any float dtype.
+        codebook: codes, [K, D]; with `axis_name`, this device's shard of them, in device order.
+        metric: "euclidean", or "cosine" (neither side need be normalised).
+        block_size: codes compared at a time, so that at most [N, block_size] scores exist; None takes a default that
+            was measured for the backend.
+        axis_name: mapped axis over which `codebook` is split; the winner is agreed across it, and indices count codes
+            over all devices. The result is the same on each of them.
+        eligible: [K] bool, the codes that may be chosen (all of them if None). If none may, the index is 0.
+
+    Returns:
+        [...] int32.
+
+    Raises:
+        ValueError: wrong ranks or widths, no code, an unknown metric, a block smaller than 1.
+    """
+    x, codebook, eligible = _prepare(x, codebook, metric, block_size, eligible)
+    best, index = _by_backend(_search, x.reshape(-1, x.shape[-1]), codebook, eligible, block_size)
+    if axis_name is not None:
+        index += lax.axis_index(axis_name) * codebook.shape[0]
+        scores, indices = lax.all_gather((best, index), axis_name)
+        index = jnp.take_along_axis(indices, jnp.argmax(scores, axis=0)[None], axis=0)[0]
+    return index.reshape(x.shape[:-1])
+
+
+def nearest_k_codes(
+    x: Array,
+    codebook: Array,
+    k: int,
+    *,
+    metric: Metric = "euclidean",
+    block_size: int | None = None,
+    eligible: Array | None = None,
+) -> Array:
+    """Indices of the k codes nearest to each vector, the nearest first; arguments and errors as `nearest_codes`.
+
+    Args:
+        x: vectors, [..., D].
+        codebook: codes, [K, D].
+        k: how many, from 1 to K.
+        metric: as in `nearest_codes`.
+        block_size: as in `nearest_codes`.
+        eligible: as in `nearest_codes`; where fewer than k may be chosen, the rest of the indices are ineligible
+            codes, lowest index first.
+
+    Returns:
+        [..., k] int32.
+    """
+    x, codebook, eligible = _prepare(x, codebook, metric, block_size, eligible)
+    if not 1 <= k <= codebook.shape[0]:
+        raise ValueError(f"k: got {k}; pass a number from 1 to {codebook.shape[0]}, the number of codes")
+    index = _by_backend(partial(_search_k, k=k), x.reshape(-1, x.shape[-1]), codebook, eligible, block_size)
+    return index.reshape(*x.shape[:-1], k)
+
+
+def squared_distances(x: Array, codes: Array) -> Array:
+    """`|x - code|^2` of vectors [..., D] and codes [..., D] that broadcast against each other; [...] float32."""
+    difference = x.astype(jnp.float32) - codes.astype(jnp.float32)
+    return jnp.sum(difference * difference, axis=-1)
+
+
+def normalise(x: Array, epsilon: float = 1e-6) -> Array:
+    """Vectors [..., D] scaled to unit length, those shorter than `epsilon` divided by it; the dtype is kept."""
+    length = jnp.linalg.norm(x.astype(jnp.float32), axis=-1, keepdims=True)
+    return (x / jnp.maximum(length, epsilon)).astype(x.dtype)
+
+
+def _prepare(
+    x: Array, codebook: Array, metric: Metric, block_size: int | None, eligible: Array | None
+) -> tuple[Array, Array, Array]:
+    """Checks arguments; returns x [..., D] and codes [K, D] of one dtype, and which codes may be chosen [K]."""
+    check_choice("metric", metric, _METRICS)
+    check_rank("codebook", codebook, 2)
+    check_at_least("codebook rows", codebook.shape[0], 1)
+    check_width("x", x, codebook.shape[1], "codebook")
+    if block_size is not None:
+        check_at_least("block_size", block_size, 1)
+    dtype = jnp.promote_types(x.dtype, codebook.dtype)
+    x, codebook = lax.stop_gradient((x.astype(dtype), codebook.astype(dtype)))
+    if metric == "cosine":
+        x, codebook = normalise(x.astype(jnp.float32)), normalise(codebook.astype(jnp.float32))
+    return x, codebook, jnp.ones(len(codebook), bool) if eligible is None else eligible
+
+
+def _by_backend(search: Callable[..., Any], x: Array, codebook: Array, eligible: Array, block_size: int | None) -> Any:
+    """`search(x, codebook, eligible, block)` with the block that suits the backend the program is compiled for."""
+    if block_size is not None:
+        return search(x, codebook, eligible, block_size)
+    forms = {platform: partial(search, block=block) for platform, block in _BLOCK.items()}
+    return lax.platform_dependent(x, codebook, eligible, default=partial(search, block=None), **forms)
+
+
+def _scores(x: Array, codes: Array, eligible: Array) -> Array:
+    """`x . c - |c|^2 / 2`, [N, K] float32: the larger the nearer; the lowest number for those that may not be."""
+    half_norm = 0.5 * squared_distances(codes, jnp.zeros_like(codes))
+    eligible &= jnp.isfinite(half_norm)
+    codes = jnp.where(eligible[:, None], codes, 0)
+    product = jnp.matmul(x, codes.T, precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
+    return product - jnp.where(eligible, half_norm, jnp.finfo(jnp.float32).max)
+
+
+def _search(x: Array, codebook: Array, eligible: Array, block: int | None) -> tuple[Array, Array]:
+    """Best score [N] and its index [N]."""
+    if block is None:
+        scores = _scores(x, codebook, eligible)
+        return scores.max(axis=-1), jnp.argmax(scores, axis=-1).astype(jnp.int32)
+
+    def one_block(carry: Pair, one: tuple[Array, Array, Array]) -> tuple[Pair, None]:
+        best, index = carry
+        codes, eligible, start = one
+        scores = _scores(x, codes, eligible)
+        # The maximum and then where it stands: two passes that vectorise, unlike argmax, which does not on CPU.
+        highest = scores.max(axis=-1)
+        position = jnp.where(scores == highest[:, None], jnp.arange(len(codes)), len(codes)).min(axis=-1)
+        better = highest > best
+        return (jnp.where(better, highest, best), jnp.where(better, start + position, index)), None
+
+    first = jnp.full(len(x), -jnp.inf), jnp.zeros(len(x), jnp.int32)
+    return lax.scan(one_block, first, _in_blocks(codebook, eligible, block))[0]
+
+
+def _search_k(x: Array, codebook: Array, eligible: Array, block: int | None, k: int) -> Array:
+    """Indices [N, k] of the best scores, best first."""
+
+    def one_block(carry: Pair, one: tuple[Array, Array, Array]) -> tuple[Pair, None]:
+        best, index = carry
+        codes, eligible, start = one
+        # Earlier codes stand first, and top_k keeps the order of equals: ties go to the lowest index.
+        scores = jnp.concatenate([best, _scores(x, codes, eligible)], axis=1)
+        numbers = jnp.broadcast_to(start + jnp.arange(len(codes)), (len(x), len(codes)))
+        best, position = lax.top_k(scores, k)
+        return (best, jnp.take_along_axis(jnp.concatenate([index, numbers], axis=1), position, axis=1)), None
+
+    # -inf is below what an ineligible code scores, so that these give way to any code.
+    first = jnp.full((len(x), k), -jnp.inf), jnp.zeros((len(x), k), jnp.int32)
+    return lax.scan(one_block, first, _in_blocks(codebook, eligible, block or len(codebook)))[0][1]
+
+
+def _in_blocks(codebook: Array, eligible: Array, block: int) -> tuple[Array, Array, Array]:
+    """Codes [blocks, block, D], eligible [blocks, block] and first indices [blocks]; the last block is padded."""
+    codes, width = codebook.shape
+    block = min(block, codes)
+    blocks = -(-codes // block)
+    padding = blocks * block - codes
+    codebook = jnp.pad(codebook, ((0, padding), (0, 0)))
+    eligible = jnp.pad(eligible, (0, padding))
+    starts = jnp.arange(blocks, dtype=jnp.int32) * block
+    return codebook.reshape(blocks, block, width), eligible.reshape(blocks, block), starts

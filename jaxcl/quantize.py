@@ -1,0 +1,310 @@
+"""Vector quantizers as pure functions, and the statistics of how well a codebook is used.
+
+A quantizer is a `Quantizer` made by a factory whose arguments are its hyper-parameters. What learns by gradients is in
+`params` (give it to optax); what is averaged from data is in `state` (give it to `update`). Losses come back unreduced,
+one a vector, and unweighted.
+"""
+
+from collections.abc import Callable
+from typing import Literal, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxcl.nearest import Metric, nearest_codes, normalise, squared_distances
+from jaxcl.typing import Array, Key, PyTree, check_at_least, check_between, check_choice, check_width
+
+Gradient = Literal["straight_through", "rotation"]
+
+
+class Quantized(NamedTuple):
+    """What `Quantizer.quantize` makes of vectors x [..., D]."""
+
+    codes: Array  # [..., D], in value the codes; carries the gradient past the choice of code to x
+    indices: Array  # [...] int32
+    commitment_loss: Array  # [...] float32, |x - sg(code)|^2: moves x only
+    codebook_loss: Array  # [...] float32, |sg(x) - code|^2: moves the quantizer's params only
+
+
+class _Update(Protocol):
+    def __call__(
+        self, key: Key, params: PyTree, state: PyTree, x: Array, indices: Array, *, axis_name: str | None = None
+    ) -> PyTree: ...
+
+
+class Quantizer(NamedTuple):
+    """A vector quantizer: four pure functions."""
+
+    init: Callable[[Key], tuple[PyTree, PyTree]]  # (key) -> (params, state)
+    quantize: Callable[[PyTree, PyTree, Array], Quantized]  # (params, state, x [..., D])
+    lookup: Callable[[PyTree, PyTree, Array], Array]  # (params, state, indices [...]) -> codes [..., D]
+    update: _Update  # (key, params, state, x [..., D], indices [...], *, axis_name) -> state
+
+
+def vq(
+    codebook_size: int,
+    width: int,
+    *,
+    metric: Metric = "euclidean",
+    gradient: Gradient = "straight_through",
+    block_size: int | None = None,
+) -> Quantizer:
+    """Vector quantization with a codebook that learns by gradients (van den Oord et al. 2017, eq. 3).
+
+    Params are the codebook [K, D], N(0, 1/D) at first; there is no state, and `update` returns it as it came.
+
+    Args:
+        codebook_size: K.
+        width: D.
+        metric: "cosine" searches, and compares x with the code, after both are scaled to unit length.
+        gradient: how the gradient passes the choice of code: "straight_through" copies it, "rotation" turns and
+            scales it as the code is turned and scaled from x (Fifty et al. 2024).
+        block_size: see `nearest.nearest_codes`.
+
+    Raises:
+        ValueError: K or D below 1, or an unknown option; in use, vectors whose width is not D.
+    """
+    _check_sizes(codebook_size, width, gradient)
+
+    def init(key: Key) -> tuple[Array, tuple[()]]:
+        return jax.random.normal(key, (codebook_size, width)) * width**-0.5, ()
+
+    def quantize(params: Array, state: tuple[()], x: Array) -> Quantized:
+        return _quantize(x, params, metric, gradient, block_size)
+
+    def lookup(params: Array, state: tuple[()], indices: Array) -> Array:
+        return normalise(params[indices]) if metric == "cosine" else params[indices]
+
+    def update(
+        key: Key, params: Array, state: tuple[()], x: Array, indices: Array, *, axis_name: str | None = None
+    ) -> tuple[()]:
+        return state
+
+    return Quantizer(init, quantize, lookup, update)
+
+
+class EMAState(NamedTuple):
+    """A codebook and the exponential moving averages it is the quotient of."""
+
+    codebook: Array  # [K, D]
+    counts: Array  # [K], average number of a batch's vectors that chose the code
+    sums: Array  # [K, D], average sum of those vectors
+
+
+def ema_vq(
+    codebook_size: int,
+    width: int,
+    *,
+    decay: float = 0.8,
+    epsilon: float = 1e-5,
+    initial_count: float = 1.0,
+    dead_threshold: float = 0.0,
+    reset_count: float | None = None,
+    metric: Metric = "euclidean",
+    gradient: Gradient = "rotation",
+    block_size: int | None = None,
+) -> Quantizer:
+    """Vector quantization whose codes are moving averages of their vectors (van den Oord et al. 2017, A.1).
+
+    There are no params. The defaults are those of the public implementation most used, vector-quantize-pytorch 1.32.
+    In `update`, the key decides which vectors replace dead codes and must be the same on every device.
+
+    Args:
+        codebook_size: K.
+        width: D.
+        decay: of the averages, a step.
+        epsilon: Laplace smoothing of the counts.
+        initial_count: count a code starts with, its initial vector being the average of so many.
+        dead_threshold: a code whose count falls under this is replaced by a vector of the batch; 0 replaces none.
+        reset_count: count of a replaced code; `dead_threshold` if None.
+        metric: as in `vq`; for "cosine" the averages are of normalised vectors, and the codes are normalised.
+        gradient: as in `vq`.
+        block_size: see `nearest.nearest_codes`.
+
+    Raises:
+        ValueError: sizes below 1, a decay outside [0, 1], a negative threshold or count, or an unknown option; in use,
+            vectors whose width is not D.
+    """
+    _check_sizes(codebook_size, width, gradient)
+    check_between("decay", decay, 0, 1)
+    check_at_least("epsilon", epsilon, 0)
+    check_at_least("initial_count", initial_count, 0)
+    check_at_least("dead_threshold", dead_threshold, 0)
+    fresh_count = dead_threshold if reset_count is None else reset_count
+    check_at_least("reset_count", fresh_count, 0)
+
+    def init(key: Key) -> tuple[tuple[()], EMAState]:
+        codebook = jax.random.normal(key, (codebook_size, width)) * width**-0.5
+        if metric == "cosine":
+            codebook = normalise(codebook)
+        return (), initial_averages(codebook, initial_count)
+
+    def quantize(params: tuple[()], state: EMAState, x: Array) -> Quantized:
+        return _quantize(x, lax.stop_gradient(state.codebook), metric, gradient, block_size)
+
+    def lookup(params: tuple[()], state: EMAState, indices: Array) -> Array:
+        return state.codebook[indices]
+
+    def update(
+        key: Key, params: tuple[()], state: EMAState, x: Array, indices: Array, *, axis_name: str | None = None
+    ) -> EMAState:
+        check_width("x", x, width, "the codebook")
+        x = lax.stop_gradient(x.reshape(-1, width).astype(jnp.float32))
+        if metric == "cosine":
+            x = normalise(x)
+        state = update_averages(state, x, indices.reshape(-1), decay=decay, epsilon=epsilon, axis_name=axis_name)
+        if metric == "cosine":
+            state = state._replace(codebook=normalise(state.codebook))
+        if dead_threshold > 0:
+            rows, dead = draw_replacements(key, x, state.counts < dead_threshold, axis_name=axis_name)
+            state = replace_codes(state, rows, dead, count=fresh_count)
+        return state
+
+    return Quantizer(init, quantize, lookup, update)
+
+
+def initial_averages(codebook: Array, count: float) -> EMAState:
+    """The state of a codebook [K, D] before any data, as if each code were the average of `count` vectors."""
+    return EMAState(codebook, jnp.full(codebook.shape[0], count, jnp.float32), codebook * count)
+
+
+def update_averages(
+    state: EMAState, x: Array, indices: Array, *, decay: float, epsilon: float, axis_name: str | None = None
+) -> EMAState:
+    """One step of the averages: `n <- g n + (1-g) count`, `m <- g m + (1-g) sum`, `code = m / smoothed(n)`.
+
+    Args:
+        state: averages, [K] and [K, D].
+        x: vectors, [N, D]; with `axis_name`, this device's share of the batch.
+        indices: the code each chose, [N].
+        decay: g.
+        epsilon: of `smoothed(n) = (n + epsilon) / (total + K epsilon) * total`. With 0 a code is exactly the average
+            of what chose it, and one that nothing ever chose keeps its place.
+        axis_name: mapped axis (or axes) over which counts and sums are added up.
+    """
+    codes = state.counts.shape[0]
+    counts = usage(indices, codes, axis_name=axis_name).astype(jnp.float32)
+    sums = jnp.zeros_like(state.sums).at[indices].add(x)
+    if axis_name is not None:
+        sums = lax.psum(sums, axis_name)
+    counts = decay * state.counts + (1 - decay) * counts
+    sums = decay * state.sums + (1 - decay) * sums
+    total = counts.sum()
+    smoothed = (counts + epsilon) / (total + codes * epsilon) * total
+    known = (smoothed > 0)[:, None]
+    return EMAState(jnp.where(known, sums / jnp.where(known, smoothed[:, None], 1), state.codebook), counts, sums)
+
+
+def draw_replacements(key: Key, x: Array, dead: Array, *, axis_name: str | None = None) -> tuple[Array, Array]:
+    """Distinct vectors of the batch, one for each dead code.
+
+    Where more codes are dead than there are vectors, a random run of them is served and the others wait. With
+    `axis_name` the draw is over the whole batch: the same key on every device gives the result that one device with
+    the whole batch would get.
+
+    Args:
+        key: consumed; equal on all devices.
+        x: vectors, [N, D]; with `axis_name`, this device's share, in device order.
+        dead: [K] bool.
+        axis_name: mapped axis over which the batch is split.
+
+    Returns:
+        (rows [K, D], replaced [K] bool): a code's new vector, meaningful where `replaced` holds.
+    """
+    local = x.shape[0]
+    devices = 1 if axis_name is None else lax.axis_size(axis_name)
+    order_key, start_key = jax.random.split(key)
+    order = jax.random.permutation(order_key, local * devices)
+    # Ranks count from a random one of the dead, so that none waits for ever behind codes of lower index.
+    count = jnp.maximum(dead.sum(), 1)
+    rank = (jnp.cumsum(dead) - 1 + jax.random.randint(start_key, (), 0, count)) % count
+    chosen = order[jnp.clip(rank, 0, local * devices - 1)]
+    if axis_name is None:
+        rows = x[chosen]
+    else:
+        here = chosen - lax.axis_index(axis_name) * local
+        mine = (here >= 0) & (here < local)
+        rows = lax.psum(jnp.where(mine[:, None], x[jnp.clip(here, 0, local - 1)], 0), axis_name)
+    return rows, dead & (rank < local * devices)
+
+
+def replace_codes(state: EMAState, rows: Array, dead: Array, *, count: float) -> EMAState:
+    """`state` with the codes that are `dead` [K] replaced by `rows` [K, D], as if averages of `count` vectors."""
+    mask = dead[:, None]
+    return EMAState(
+        codebook=jnp.where(mask, rows, state.codebook),
+        counts=jnp.where(dead, count, state.counts),
+        sums=jnp.where(mask, rows * count, state.sums),
+    )
+
+
+def usage(indices: Array, codebook_size: int, *, axis_name: str | None = None) -> Array:
+    """How often each code was chosen: [K] int32 from `indices` of any shape, added up over `axis_name` if given."""
+    check_at_least("codebook_size", codebook_size, 1)
+    counts = jnp.zeros(codebook_size, jnp.int32).at[indices.reshape(-1)].add(1)
+    return counts if axis_name is None else lax.psum(counts, axis_name)
+
+
+def utilisation(counts: Array) -> Array:
+    """Share of codes chosen at least once, from counts [..., K]; [...] float32."""
+    return jnp.mean(counts > 0, axis=-1, dtype=jnp.float32)
+
+
+def perplexity(counts: Array) -> Array:
+    """Exp of the entropy (nats) of the codes' frequencies, from counts [..., K]; from 1 to K, and 0 for no counts."""
+    total = counts.sum(axis=-1, keepdims=True)
+    frequency = counts / jnp.maximum(total, 1)
+    entropy = -jnp.sum(jax.scipy.special.xlogy(frequency, frequency), axis=-1)
+    return jnp.where(total[..., 0] > 0, jnp.exp(entropy), 0.0)
+
+
+def dead_codes(counts: Array) -> Array:
+    """Number of codes never chosen, from counts [..., K]; [...] int32."""
+    return jnp.sum(counts == 0, axis=-1, dtype=jnp.int32)
+
+
+def rotate(x: Array, codes: Array, epsilon: float = 1e-6) -> Array:
+    """`codes` in value, with the gradient of the rotation and scaling that carries `x` to them (Fifty et al. 2024).
+
+    Args:
+        x: vectors, [..., D].
+        codes: their codes, [..., D].
+        epsilon: shortest length divided by.
+
+    Returns:
+        [..., D]: `s R x`, R the rotation of x onto the code in their plane and s the quotient of lengths, both taken
+        as constants. R is two reflections, so it is applied in O(D) (their section 4.2).
+    """
+    length, code_length = (
+        jnp.maximum(jnp.linalg.norm(v, axis=-1, keepdims=True), epsilon) for v in lax.stop_gradient((x, codes))
+    )
+    start, end = lax.stop_gradient((x / length, codes / code_length))
+    middle = normalise(start + end, epsilon)
+    turned = (
+        x
+        - 2 * jnp.sum(x * middle, axis=-1, keepdims=True) * middle
+        + 2 * jnp.sum(x * start, axis=-1, keepdims=True) * end
+    )
+    return turned * (code_length / length)
+
+
+def _check_sizes(codebook_size: int, width: int, gradient: Gradient) -> None:
+    check_at_least("codebook_size", codebook_size, 1)
+    check_at_least("width", width, 1)
+    check_choice("gradient", gradient, ("straight_through", "rotation"))
+
+
+def _quantize(x: Array, codebook: Array, metric: Metric, gradient: Gradient, block_size: int | None) -> Quantized:
+    if metric == "cosine":
+        x, codebook = normalise(x), normalise(codebook)
+    indices = nearest_codes(x, codebook, block_size=block_size)
+    codes = codebook[indices].astype(x.dtype)
+    passed = lax.stop_gradient(codes)
+    if gradient == "rotation":
+        # The rotated x equals the code only up to rounding: take the code's value and the rotation's gradient.
+        turned = rotate(x, passed)
+        output = passed + (turned - lax.stop_gradient(turned))
+    else:
+        output = passed + (x - lax.stop_gradient(x))
+    return Quantized(output, indices, squared_distances(x, passed), squared_distances(lax.stop_gradient(x), codes))

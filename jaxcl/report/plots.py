@@ -1,0 +1,196 @@
+"""Plots of accuracy matrices as matplotlib figures, without pyplot and its global state, and as inline SVG."""
+
+import html
+import io
+import re
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from jaxcl.continual.metrics import interval95
+from jaxcl.report.tables import check_accuracy
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# Okabe and Ito's colours, which colour-blind readers can tell apart, less the yellow that is lost on white; with one
+# marker more than there are colours, 56 methods look different.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+INK = "#333333"
+
+
+def accuracy_matrices(accuracy: Mapping[str, np.ndarray]) -> "Figure":
+    """A heat map a method: accuracy on each task (columns) after each training stage (rows), the mean over seeds.
+
+    All maps share the scale 0 to 1. Up to 10 tasks the percentages stand in the cells; an undefined cell is grey.
+
+    Args:
+        accuracy: for each method [S, I, T]: seeds, training stages, test tasks. I is T, or 1 for a method that is
+            trained on all tasks at once, which is drawn as a single row. A fraction; NaN where there is none.
+
+    Raises:
+        ValueError: `accuracy` is not as above.
+        ImportError: matplotlib is missing.
+    """
+    means = {method: _mean_over_seeds(array) for method, array in check_accuracy(accuracy).items()}
+    tasks = next(iter(means.values())).shape[1]
+    side = min(max(0.36 * tasks, 1.4), 3.6)  # of a square map; inches, as all lengths here
+    sides = [side if len(matrix) == tasks else max(side / tasks, 0.22) for matrix in means.values()]
+    columns = min(len(means), int(9 / (side + 0.75)))
+    rows = [max(sides[first : first + columns]) + 0.85 for first in range(0, len(means), columns)]
+    width, height = columns * (side + 0.75) + 0.8, sum(rows)
+
+    def box(left: float, top: float, wide: float, high: float) -> tuple[float, float, float, float]:
+        return left / width, 1 - (top + high) / height, wide / width, high / height
+
+    figure = _figure(width, height)
+    for number, (method, matrix) in enumerate(means.items()):
+        stages, (row, column) = len(matrix), divmod(number, columns)
+        axes = figure.add_axes(box(column * (side + 0.75) + 0.6, sum(rows[:row]) + 0.3, side, sides[number]))
+        image = axes.imshow(
+            matrix, vmin=0, vmax=1, cmap="viridis", interpolation="nearest", aspect="auto",
+            extent=(0.5, tasks + 0.5, stages + 0.5, 0.5),
+        )  # fmt: skip
+        axes.set_facecolor("#d9d9d9")
+        axes.set_title(method, fontsize=10, parse_math=False)
+        axes.set_xlabel("accuracy on task")
+        axes.set_xticks(_ticks(tasks))
+        if stages == tasks:
+            axes.set_ylabel("after training task")
+            axes.set_yticks(_ticks(tasks))
+        else:
+            axes.set_yticks([1], ["all"])
+        for (i, j), value in np.ndenumerate(matrix):
+            if tasks <= 10 and np.isfinite(value):
+                red, green, blue, _ = image.to_rgba(value)
+                colour = "white" if 0.299 * red + 0.587 * green + 0.114 * blue < 0.5 else "black"
+                axes.text(j + 1, i + 1, f"{100 * value:.0f}", color=colour, fontsize=8, ha="center", va="center")
+    bar = figure.add_axes(box(columns * (side + 0.75) + 0.05, 0.3, 0.14, max(sides[:columns])))
+    figure.colorbar(image, cax=bar, format=_percent).outline.set_visible(False)
+    return figure
+
+
+def accuracy_over_tasks(accuracy: Mapping[str, np.ndarray]) -> "Figure":
+    """A line a method: the mean accuracy over the tasks seen so far, against their number.
+
+    At stage i that is the mean over j <= i of `accuracy[s, i, j]`, then over seeds; the shade is the 95 % interval over
+    seeds (Student's t), absent for a single seed. A method with one joint stage is a dashed line at its mean accuracy
+    over all tasks. A method of which nothing is defined has no line and no label.
+
+    Args:
+        accuracy: for each method [S, I, T]: seeds, training stages, test tasks. I is T, or 1 for a method that is
+            trained on all tasks at once. A fraction; a seed's mean over tasks that holds a NaN is left out.
+
+    Raises:
+        ValueError: `accuracy` is not as above.
+        ImportError: matplotlib is missing.
+    """
+    arrays = check_accuracy(accuracy)
+    curves = {method: _seen_so_far(array) for method, array in arrays.items()}
+    means = {method: _mean_over_seeds(curve) for method, curve in curves.items()}
+    tasks = next(iter(arrays.values())).shape[2]
+    seen = np.arange(1, tasks + 1)
+    width, height = 9.0, max(4.2, 0.3 * len(curves))
+    figure = _figure(width, height)
+    axes = figure.add_axes((0.75 / width, 0.55 / height, 7.2 / width, 1 - 0.7 / height))
+    axes.set_xlabel("tasks seen so far")
+    axes.set_ylabel("mean accuracy on those tasks")
+    axes.set_xticks(_ticks(tasks))
+    axes.set_xlim(1 - 0.04 * max(tasks - 1, 1), tasks + 0.02 * max(tasks - 1, 1))
+    axes.set_ylim(0, 1.02)
+    axes.yaxis.set_major_formatter(_percent)
+    axes.grid(axis="y", color="#e6e6e6")
+    axes.spines[["top", "right"]].set_visible(False)
+    # Each line is named beside its last point; `ends` holds that point's index, none if nothing is defined.
+    ends = [np.flatnonzero(np.isfinite(mean))[-1:] for mean in means.values()]
+    last = [float(mean[end].sum()) for mean, end in zip(means.values(), ends, strict=True)]
+    heights = _spread(last, gap=0.2 / (height - 0.7))
+    for number, (method, mean) in enumerate(means.items()):
+        colour = COLOURS[number % len(COLOURS)]
+        marker, line = (None, "--") if arrays[method].shape[1] < tasks else (MARKERS[number % len(MARKERS)], "-")
+        half_width = interval95(curves[method], axis=0)
+        low, high = np.clip([mean - half_width, mean + half_width], 0, 1)
+        axes.fill_between(seen, low, high, color=colour, alpha=0.15, linewidth=0)
+        axes.plot(
+            seen, mean, color=colour, linestyle=line, linewidth=1.8, label=method,
+            marker=marker, markersize=5, markevery=(_step(tasks) - 1, _step(tasks)),
+        )  # fmt: skip
+        for end in ends[number]:
+            axes.annotate(
+                method, (seen[end], mean[end]), (1.03, heights[number]), textcoords=axes.get_yaxis_transform(),
+                va="center", color=INK, parse_math=False, annotation_clip=False,
+                arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 1, "shrinkA": 2, "shrinkB": 4},
+            )  # fmt: skip
+    width = max([text.get_window_extent().x1 / figure.dpi for text in axes.texts], default=8.0) + 0.15
+    figure.set_figwidth(width)  # room for the longest label, whatever its length
+    axes.set_position((0.75 / width, 0.55 / height, 7.2 / width, 1 - 0.7 / height))
+    return figure
+
+
+def to_svg(figure: "Figure", title: str) -> str:
+    """The figure as an SVG element to stand in an HTML page, the same text for the same figure and `title`.
+
+    Text stays text, `title` is what a screen reader says, and nothing outside is referred to. Two figures of a page
+    need different titles, because the identifiers within the SVG are made from them.
+    """
+    import matplotlib  # noqa: PLC0415
+
+    svg = io.StringIO()
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": title}):
+        figure.savefig(svg, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")), dpi=200)
+    drawing = svg.getvalue()
+    drawing = drawing[drawing.index("<svg") :].strip()  # without the XML heading, which HTML does not allow
+    drawing = re.sub(r'<g id="[^"]*"', "<g", drawing)  # names such as axes_1 would not be unique in the page
+    name = html.escape(title)
+    opening, rest = drawing.removeprefix("<svg").split(">", 1)
+    return f'<svg role="img" aria-label="{name}"{opening}>\n<title>{name}</title>{rest}'
+
+
+def _figure(width: float, height: float) -> "Figure":
+    """An empty figure, sizes in inches."""
+    try:
+        from matplotlib.figure import Figure  # noqa: PLC0415
+    except ImportError as error:
+        raise ImportError('plots need matplotlib: pip install "jaxcl[experiments]"') from error
+    return Figure(figsize=(width, height))
+
+
+def _mean_over_seeds(values: np.ndarray) -> np.ndarray:
+    """Mean over the first axis of what is finite; NaN where nothing is."""
+    finite = np.isfinite(values)
+    count = finite.sum(axis=0)
+    return np.where(count > 0, np.where(finite, values, 0.0).sum(axis=0) / np.maximum(count, 1), np.nan)
+
+
+def _seen_so_far(accuracy: np.ndarray) -> np.ndarray:
+    """[S, T]: for each seed the mean accuracy over the tasks seen at each stage; a joint method has seen them all."""
+    _, stages, tasks = accuracy.shape
+    if stages < tasks:
+        return np.repeat(accuracy.mean(axis=2), tasks, axis=1)
+    return np.stack([accuracy[:, i, : i + 1].mean(axis=1) for i in range(tasks)], axis=1)
+
+
+def _spread(heights: Sequence[float], gap: float) -> np.ndarray:
+    """Heights for labels, in the order of the given ones and near them, but `gap` apart and within 0 to 1."""
+    order = np.argsort(heights, kind="stable")
+    steps = gap * np.arange(len(order))
+    free = np.asarray(heights, np.float64)[order] - steps
+    pushed = (np.maximum.accumulate(free) + np.minimum.accumulate(free[::-1])[::-1]) / 2
+    placed = np.empty(len(order))
+    placed[order] = np.clip(pushed, 0, 1 - steps[-1]) + steps
+    return placed
+
+
+def _ticks(tasks: int) -> np.ndarray:
+    """At most 10 of the task numbers from 1 to `tasks`."""
+    return np.arange(_step(tasks), tasks + 1, _step(tasks))
+
+
+def _step(tasks: int) -> int:
+    return -(-tasks // 10)
+
+
+def _percent(value: float, _: object) -> str:
+    return f"{value:.0%}"

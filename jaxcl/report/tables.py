@@ -1,0 +1,129 @@
+"""What a report is made of: the checks of its plain data, and the table of results as rows and as text."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeGuard
+
+import numpy as np
+
+from jaxcl.typing import bad_argument
+
+Results = Mapping[str, Mapping[str, Mapping[str, Any]]]  # method -> metric -> {"mean", "std", "ci95", "values"}
+
+SHARES = ("acc", "forgetting", "bwt", "fwt", "learning_accuracy")  # fractions, shown in percent
+METRICS = (*SHARES, "seconds", "parameters", "bytes")
+UNDEFINED = "-"
+PLUS_MINUS = " ± "
+
+
+def check_accuracy(accuracy: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The accuracy matrices as NumPy arrays, checked.
+
+    Args:
+        accuracy: for each method [S, I, T]: seeds, training stages, test tasks. I is T, or 1 for a method that is
+            trained on all tasks at once. A fraction; NaN where there is none.
+
+    Raises:
+        ValueError: there is no method, a shape is not as above, methods differ in T, or a value is not in [0, 1].
+    """
+    if not accuracy:
+        raise bad_argument("accuracy", "no method", "pass at least one")
+    arrays = {method: np.asarray(values) for method, values in accuracy.items()}
+    tasks = next(iter(arrays.values())).shape[-1:]
+    for method, array in arrays.items():
+        name, shape = f"accuracy[{method!r}]", f"shape {array.shape}"
+        if array.ndim != 3 or not array.size or array.shape[1] not in (1, array.shape[2]):
+            raise bad_argument(name, shape, "pass [S, T, T] or [S, 1, T]: seeds, training stages, test tasks")
+        if array.shape[-1:] != tasks:
+            raise bad_argument(name, shape, f"its last axis must be {tasks[0]}, the tasks of the first method")
+        wrong = array[(array < 0) | (array > 1)]
+        if wrong.size:
+            raise bad_argument(name, f"the value {wrong[0]}", "pass fractions from 0 to 1")
+    return arrays
+
+
+def results_rows(results: Results, metrics: Sequence[str] = METRICS) -> list[list[str]]:
+    """The table of results as cells of text: the headings, then a row a method in the order of `results`.
+
+    Fractions are in percent as "mean ± half-width of the 95 % interval" (the mean alone where the interval is
+    undefined), seconds, parameters and bytes are means over seeds, and "-" stands for what is undefined.
+
+    Args:
+        results: {method: {metric: {"mean", "std", "ci95", "values"}}}; None or NaN where undefined.
+        metrics: the columns, in this order; those that no method has are left out.
+
+    Raises:
+        ValueError: `results` is empty or has none of the `metrics`.
+    """
+    if not results:
+        raise bad_argument("results", "no method", "pass at least one")
+    columns = [metric for metric in metrics if any(metric in of_method for of_method in results.values())]
+    if not columns:
+        raise bad_argument("metrics", list(metrics), "name at least one metric that is in `results`")
+    headings = ["method", *(f"{column.replace('_', ' ')}{' %' * (column in SHARES)}" for column in columns)]
+    return [headings, *([method, *(_cell(column, of_method) for column in columns)]
+                        for method, of_method in results.items())]  # fmt: skip
+
+
+def results_table(results: Results, metrics: Sequence[str] = METRICS) -> str:
+    """The table of results as aligned plain text for a terminal, under a line that says what it shows.
+
+    Arguments and errors are those of `results_rows`.
+    """
+    methods, *numbers = zip(*results_rows(results, metrics), strict=True)
+    columns = [[method.ljust(max(map(len, methods))) for method in methods], *map(_aligned, numbers)]
+    heading, *lines = ["  ".join(row).rstrip() for row in zip(*columns, strict=True)]
+    return "\n".join([legend(results), "", heading, "-" * max(map(len, [heading, *lines])), *lines, ""])
+
+
+def legend(results: Results) -> str:
+    """One line on what the numbers of the table are: means over how many seeds, and what ± is."""
+    if _seed_range(results)[1] == 1:
+        return "One seed, so without intervals."
+    return f"Means over {seeds(results)}; ± is the half-width of the 95 % interval of the mean."
+
+
+def seeds(results: Results) -> str:
+    """How many seeds the methods were run with, in words: "1 seed", "5 seeds", "1 to 5 seeds"."""
+    low, high = _seed_range(results)
+    return f"{high} seed{'s' * (high != 1)}" if low == high else f"{low} to {high} seeds"
+
+
+def _seed_range(results: Results) -> tuple[int, int]:
+    counts = [
+        max((len(metric["values"]) for metric in of_method.values()), default=0) for of_method in results.values()
+    ]
+    return min(counts), max(counts)
+
+
+def _cell(metric: str, of_method: Mapping[str, Mapping[str, Any]]) -> str:
+    statistics = of_method.get(metric, {})
+    mean, half_width = statistics.get("mean"), statistics.get("ci95")
+    if not _defined(mean):
+        return UNDEFINED
+    if metric in SHARES:
+        return f"{100 * mean:z.1f}" + (f"{PLUS_MINUS}{100 * half_width:.1f}" if _defined(half_width) else "")
+    if metric == "seconds":
+        return f"{mean:,.1f}"
+    return _humanised(mean, "B" if metric == "bytes" else "")
+
+
+def _defined(value: float | None) -> TypeGuard[float]:
+    return value is not None and math.isfinite(value)
+
+
+def _humanised(value: float, unit: str) -> str:
+    """Three digits with a decimal prefix: 89.6 k, 1.31 MB."""
+    rounded = float(f"{value:.3g}")
+    power = (len(f"{abs(rounded):.0f}") - 1) // 3
+    return f"{rounded / 1000**power:.3g} {'kMGTPE'[power - 1] if power else ''}{unit}".rstrip()
+
+
+def _aligned(column: Sequence[str]) -> list[str]:
+    """The heading and the cells of a column of numbers, padded so that each ± stands below the other."""
+    heading, *cells = column
+    parts = [cell.partition(PLUS_MINUS) for cell in cells]
+    width = max(len(half_width) for _, _, half_width in parts)
+    gap = len(PLUS_MINUS) if width else 0
+    padded = [f"{mean}{sign.ljust(gap)}{half_width.rjust(width)}" for mean, sign, half_width in parts]
+    return [cell.rjust(max(map(len, [heading, *padded]))) for cell in [heading, *padded]]

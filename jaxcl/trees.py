@@ -1,0 +1,95 @@
+"""Pytree helpers: a key a leaf, path predicates, task banks, and updates that touch only some rows of a table."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxcl.typing import Array, Key, PyTree, bad_argument
+
+
+def keys_like(key: Key, tree: PyTree) -> PyTree:
+    """A tree with the structure of `tree` and an independent key at each leaf. The key is consumed."""
+    leaves, structure = jax.tree.flatten(tree)
+    return jax.tree.unflatten(structure, list(jax.random.split(key, len(leaves))))
+
+
+def select_paths(tree: PyTree, predicate: Callable[[str], bool]) -> PyTree:
+    """A tree with the structure of `tree` and, at each leaf, whether `predicate` holds for its path.
+
+    A path is the leaf's keys joined by "/", as in ``"params/Dense_0/kernel"``.
+
+    Raises:
+        ValueError: no path matches, which is nearly always a misspelt predicate.
+    """
+    selected = jax.tree_util.tree_map_with_path(
+        lambda path, _: bool(predicate(jax.tree_util.keystr(path, simple=True, separator="/"))), tree
+    )
+    if not any(jax.tree.leaves(selected)):
+        paths = [
+            jax.tree_util.keystr(path, simple=True, separator="/")
+            for path, _ in jax.tree_util.tree_flatten_with_path(tree)[0]
+        ]
+        raise bad_argument("predicate", f"no match among {paths}", "write one that holds for at least one path")
+    return selected
+
+
+def bank(tree: PyTree, tasks: int) -> PyTree:
+    """Task bank: `tasks` copies of `tree` stacked on a new leading axis, so each leaf [...] becomes [T, ...]."""
+    if tasks < 1:
+        raise bad_argument("tasks", tasks, "pass 1 or more")
+    return jax.tree.map(lambda leaf: jnp.repeat(jnp.asarray(leaf)[None], tasks, axis=0), tree)
+
+
+def pick(banked: PyTree, task: Array | int) -> PyTree:
+    """The entry of `task` (a traced int32 scalar is fine) in a bank whose leaves are [T, ...]; leaves [...]."""
+    return jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, task, keepdims=False), banked)
+
+
+def commit(banked: PyTree, task: Array | int, tree: PyTree) -> PyTree:
+    """The bank (leaves [T, ...]) with the entry of `task` replaced by `tree` (leaves [...])."""
+    return jax.tree.map(lambda leaf, new: jax.lax.dynamic_update_index_in_dim(leaf, new, task, 0), banked, tree)
+
+
+def parameter_count(tree: PyTree) -> int:
+    """Number of scalars in all leaves of `tree`."""
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
+def byte_count(tree: PyTree) -> int:
+    """Bytes of all leaves of `tree` at their own dtypes."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+class Rows(NamedTuple):
+    """A gradient or an update that is zero outside some rows of a table [..., V].
+
+    A row's number counts the table's leading axes flattened. Rows that one example contributes are distinct; those of
+    different examples may coincide, and then they add up.
+    """
+
+    numbers: Array  # [B, ...] int32
+    values: Array  # [B, ..., V]
+
+
+def is_rows(node: object) -> bool:
+    """Whether `node` is a `Rows`: the `is_leaf` for maps over trees that may hold some."""
+    return isinstance(node, Rows)
+
+
+def add_rows(table: Array, rows: Rows) -> Array:
+    """`table` [..., V] plus `rows`: in place under `jit` with a donated table, at the cost of the rows alone."""
+    flat = table.reshape(-1, table.shape[-1])
+    return flat.at[rows.numbers].add(rows.values.astype(table.dtype), mode="promise_in_bounds").reshape(table.shape)
+
+
+def apply_updates(params: PyTree, updates: PyTree) -> PyTree:
+    """`optax.apply_updates` that also takes `Rows` in place of a leaf of `updates`."""
+
+    def apply(param: Array, update: Array | Rows) -> Array:
+        if isinstance(update, Rows):
+            return add_rows(param, update)
+        return (param + update).astype(param.dtype)
+
+    return jax.tree.map(apply, params, updates)
