@@ -1,7 +1,7 @@
 """Continual-learning methods as strategies: what happens to gradients, updates and state as tasks come by."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ from jaxcl.trees import Rows
 from jaxcl.typing import Array, Key, PyTree, check_between
 
 Metrics = dict[str, Array]
-Apply = Callable[[PyTree, Array], Array]  # (params, inputs [B, ...]) -> logits [B, K]
+Apply = Callable[[PyTree, Array], Any]  # (params, inputs [B, ...]) -> logits [B, K]
 
 
 class Batch(NamedTuple):
@@ -152,6 +152,7 @@ def key_value_bottleneck(bottleneck: Bottleneck, *, label_smoothing: float = 0.1
 
     Args:
         bottleneck: what `bottleneck.discrete_key_value_bottleneck` made.
+        classes: K, where values are wider than that and the rest of them is padding; None takes V.
         label_smoothing: see `cross_entropy`; 0.1 is published.
         momentum: mu, from 0 to below 1; the published recipe has none.
     """
@@ -180,7 +181,7 @@ def key_value_bottleneck(bottleneck: Bottleneck, *, label_smoothing: float = 0.1
 
     def gradients(key: Key, params: PyTree, state: PyTree, batch: Batch) -> tuple[PyTree, Metrics]:
         def loss(values: Array) -> tuple[Array, Metrics]:
-            return cross_entropy(vote(values), batch, label_smoothing=label_smoothing)
+            return cross_entropy(vote(values)[..., :classes], batch, label_smoothing=label_smoothing)
 
         grads, metrics = jax.grad(loss, has_aux=True)(fetch(params, state, batch.inputs))
         return {"values": Rows(numbers_of(state, params, batch.inputs), grads)}, metrics
@@ -200,6 +201,6 @@ def key_value_bottleneck(bottleneck: Bottleneck, *, label_smoothing: float = 0.1
         return {"values": Rows(numbers, change / (1 - momentum))}, state
 
     def predict(params: PyTree, state: PyTree, inputs: Array, task: Array | None) -> Array:
-        return vote(fetch(params, state, inputs))
+        return vote(fetch(params, state, inputs))[..., :classes]
 
     return Strategy(gradients, predict, init, after_update=after_update)

@@ -112,13 +112,13 @@ def joint(stream: Stream) -> Stream:
     return stream._replace(train_sets=(Selection(rows, tasks),))
 
 
-def map_inputs(stream: Stream, function: Callable[[Array], Array], *, batch_size: int = 1024) -> Stream:
+def map_inputs(stream: Stream, function: Callable[[Array], ArrayLike], *, batch_size: int = 1024) -> Stream:
     """The stream with `function` applied to all inputs once: a frozen encoder, or the look-up of keys.
 
     Args:
         stream: a stream whose tasks show inputs as they are.
-        function: inputs [B, ...] -> outputs [B, ...], jitted here, one compilation.
-        batch_size: B; a last batch is filled up with its first example, and cut.
+        function: inputs [B, ...] -> outputs [B, ...], called on batches of one shape: pass it jitted.
+        batch_size: B; the last batch is filled up with its last example, and cut.
 
     Raises:
         ValueError: the stream is permuted or rotated, so that a feature would depend on the task.
@@ -128,13 +128,12 @@ def map_inputs(stream: Stream, function: Callable[[Array], Array], *, batch_size
             "stream", "one with a view", "apply the feature stage to a class- or task-incremental stream"
         )
     check_at_least("batch_size", batch_size, 1)
-    jitted = jax.jit(function)
 
     def apply(examples: Examples) -> Examples:
-        inputs, parts = np.asarray(examples.inputs), []
+        inputs, parts = examples.inputs, []
         for start in range(0, len(inputs), batch_size):
             rows = np.minimum(np.arange(start, start + batch_size), len(inputs) - 1)
-            parts.append(np.asarray(jitted(inputs[rows])))
+            parts.append(np.asarray(function(jnp.asarray(inputs[rows]))))
         return examples._replace(inputs=np.concatenate(parts)[: len(inputs)])
 
     return stream._replace(train=apply(stream.train), test=apply(stream.test))

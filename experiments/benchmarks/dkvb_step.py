@@ -1,0 +1,103 @@
+"""One training step of the key-value bottleneck at the published size, beside the dense rule in PyTorch.
+
+256 codebooks of 4,096 pairs, key width 14, 10 classes, batches of 256. Ours trains on cached indices with sparse
+updates; the dense rule computes all distances, fetches, and forms, clips and applies a gradient of the whole table.
+Both give the same values (a test shows it). ``python -m experiments.benchmarks.dkvb_step``
+"""
+
+from functools import partial
+
+import numpy as np
+
+from experiments.benchmarks.harness import Case, Step, main
+from jaxcl.typing import PyTree
+
+CODEBOOKS, PAIRS, KEY_WIDTH, CLASSES, BATCH, EXAMPLES = 256, 4096, 14, 10, 256, 2048
+
+
+def _inputs() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Keys [C, J, W], heads [N, C, W] and labels [N]."""
+    rng = np.random.default_rng(0)
+    keys = rng.standard_normal((CODEBOOKS, PAIRS, KEY_WIDTH), np.float32)
+    heads = rng.standard_normal((EXAMPLES, CODEBOOKS, KEY_WIDTH), np.float32)
+    return keys, heads, rng.integers(0, CLASSES, EXAMPLES).astype(np.int32)
+
+
+def _ours(value_width: int) -> Step:
+    import jax  # noqa: PLC0415
+    import jax.numpy as jnp  # noqa: PLC0415
+
+    from jaxcl import bottleneck, continual, trees  # noqa: PLC0415
+
+    keys, heads, labels = _inputs()
+    layer = bottleneck.discrete_key_value_bottleneck(
+        CODEBOOKS * KEY_WIDTH, value_width, codebooks=CODEBOOKS, pairs=PAIRS, key_width=KEY_WIDTH, projection="chunk"
+    )
+    params, state = layer.init(jax.random.key(0))
+    state = state._replace(keys=state.keys._replace(codebook=jnp.asarray(keys)))
+    lookup = jax.jit(lambda x: layer.lookup(params, state, x).astype(jnp.uint16))
+    indices = jnp.concatenate([lookup(part.reshape(len(part), -1)) for part in np.split(heads, EXAMPLES // BATCH)])
+    strategy, tx = continual.key_value_bottleneck(layer, classes=CLASSES), bottleneck.sparse_sgd(0.3, max_norm=1.0)
+    classes, eligible = jnp.asarray(labels), jnp.ones((BATCH, CLASSES), bool)
+    batches = jax.random.permutation(jax.random.key(1), EXAMPLES).reshape(-1, BATCH)
+
+    @partial(jax.jit, donate_argnums=0)
+    def train(params: PyTree, number: int) -> PyTree:
+        rows = batches[number]
+        batch = continual.Batch(indices[rows], classes[rows], jnp.ones(BATCH), eligible, jnp.int32(0))
+        grads, _ = strategy.gradients(jax.random.key(0), params, (), batch)
+        updates, _ = tx.update(grads, tx.init(params), params)
+        return trees.apply_updates(params, updates)
+
+    count = 0
+
+    def step() -> None:
+        nonlocal params, count
+        params = jax.block_until_ready(train(params, count % len(batches)))
+        count += 1
+
+    return step
+
+
+def _peer(distances: str) -> Step:
+    import torch  # noqa: PLC0415
+    from torch import nn  # noqa: PLC0415
+
+    keys, heads, labels = map(torch.from_numpy, _inputs())
+    labels = labels.long()
+    values = nn.Parameter(torch.zeros(CODEBOOKS, PAIRS, CLASSES))
+    optimizer = torch.optim.SGD([values], lr=0.3)
+    codebook = torch.arange(CODEBOOKS)[:, None]
+    half_norms = 0.5 * (keys * keys).sum(-1)
+    count = 0
+
+    def nearest(x: torch.Tensor) -> torch.Tensor:
+        """[C, B] from heads [C, B, W]."""
+        if distances == "cdist":
+            return torch.cdist(x, keys).argmin(-1)
+        return torch.baddbmm(-half_norms[:, None], x, keys.transpose(1, 2)).argmax(-1)
+
+    def step() -> None:
+        nonlocal count
+        rows = torch.arange(count * BATCH, (count + 1) * BATCH) % EXAMPLES
+        count += 1
+        logits = values[codebook, nearest(heads[rows].transpose(0, 1))].mean(0)
+        loss = nn.functional.cross_entropy(logits, labels[rows], label_smoothing=0.1)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_([values], 1.0)
+        optimizer.step()
+
+    return step
+
+
+CASES = {
+    f"values of {width} floats; torch {form}": Case(
+        partial(_ours, width), partial(_peer, form), repeats=15, ours_per_round=20
+    )
+    for width in (10, 16)
+    for form in ("cdist", "matmul")
+}
+
+if __name__ == "__main__":
+    main("dkvb_step", CASES)

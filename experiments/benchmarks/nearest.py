@@ -1,0 +1,45 @@
+"""Nearest-code search at N=2048, K=65536, D=128, float32, beside PyTorch.
+
+``python -m experiments.benchmarks.nearest``
+"""
+
+from functools import partial
+
+import numpy as np
+
+from experiments.benchmarks.harness import Case, Step, main
+
+N, K, D = 2048, 65536, 128
+
+
+def _inputs() -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(0)
+    return rng.standard_normal((N, D), np.float32), rng.standard_normal((K, D), np.float32)
+
+
+def _ours() -> Step:
+    import jax  # noqa: PLC0415
+
+    from jaxcl.nearest import nearest_codes  # noqa: PLC0415
+
+    x, codebook = map(jax.device_put, _inputs())
+    search = jax.jit(nearest_codes)
+    return lambda: jax.block_until_ready(search(x, codebook))
+
+
+def _peer(form: str) -> Step:
+    import torch  # noqa: PLC0415
+
+    x, codebook = map(torch.from_numpy, _inputs())
+    if form == "cdist":
+        return lambda: torch.cdist(x, codebook).argmin(-1)
+    return lambda: torch.addmm(-0.5 * (codebook * codebook).sum(-1), x, codebook.T).argmax(-1)
+
+
+CASES = {
+    f"N={N} K={K} D={D}, torch cdist + argmin": Case(_ours, partial(_peer, "cdist")),
+    f"N={N} K={K} D={D}, torch matmul + argmax": Case(_ours, partial(_peer, "matmul")),
+}
+
+if __name__ == "__main__":
+    main("nearest", CASES)

@@ -1,0 +1,127 @@
+"""Readers of the npz packs in the folder that ``JAXCL_DATA`` names: no pickles, one clear error for a bad file."""
+
+import io
+import os
+import zipfile
+import zlib
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from jaxcl.continual.streams import Examples
+from jaxcl.typing import bad_argument, check_choice
+
+
+class Clips(NamedTuple):
+    """Recordings of spoken digits."""
+
+    audio: list[np.ndarray]  # N arrays [samples] int16
+    labels: np.ndarray  # [N] int32, the digit
+    speakers: np.ndarray  # [N] int32, index into `speaker_names`
+    speaker_names: list[str]
+    sample_rate: int  # Hz
+
+
+class Texts(NamedTuple):
+    """Labelled texts."""
+
+    texts: list[str]  # N
+    labels: np.ndarray  # [N] int32, index into `label_names`
+    label_names: list[str]
+
+
+def mnist() -> tuple[Examples, Examples]:
+    """MNIST, (train, test): 60,000 and 10,000 images [N, 28, 28] uint8, labels [N] int32."""
+    pack = _read("mnist.npz")
+    train, test = (
+        Examples(_array(pack, f"{part}_images", 3), _array(pack, f"{part}_labels", 1).astype(np.int32))
+        for part in ("train", "test")
+    )
+    return train, test
+
+
+def cifar10() -> tuple[Examples, Examples]:
+    """CIFAR-10 from JPEG (lossy), (train, test): 50,000 and 10,000 images [N, 32, 32, 3] uint8, labels [N] int32."""
+    try:
+        from PIL import Image  # noqa: PLC0415
+    except ImportError as error:
+        raise ImportError('the cifar10 pack needs Pillow: pip install "jaxcl[data]"') from error
+    pack = _read("cifar10.npz")
+
+    def decode(part: str) -> Examples:
+        files = _pieces(pack, f"{part}_jpeg_bytes", f"{part}_offsets")
+        images = np.empty((len(files), 32, 32, 3), np.uint8)
+        for image, file in zip(images, files, strict=True):
+            image[:] = np.asarray(Image.open(io.BytesIO(file.tobytes())).convert("RGB"))
+        return Examples(images, _array(pack, f"{part}_labels", 1).astype(np.int32))
+
+    return decode("train"), decode("test")
+
+
+def fsdd() -> tuple[Clips, Clips]:
+    """The Free Spoken Digit Dataset, (train, test) as officially split: 2,700 and 300 clips at 8 kHz."""
+    pack = _read("fsdd.npz")
+    clips = _pieces(pack, "audio", "offsets")
+    is_test = _array(pack, "is_test", 1)
+    digit, speaker = (_array(pack, name, 1).astype(np.int32) for name in ("digit", "speaker"))
+    names = [str(name) for name in _array(pack, "speaker_names", 1)]
+
+    def part(keep: np.ndarray) -> Clips:
+        audio = [clip for clip, kept in zip(clips, keep, strict=True) if kept]
+        return Clips(audio, digit[keep], speaker[keep], names, int(_array(pack, "sample_rate", 0)))
+
+    return part(~is_test), part(is_test)
+
+
+def cl_text(task: str) -> tuple[Texts, Texts]:
+    """One task of the text benchmark, (train, test).
+
+    Raises:
+        ValueError: no such task in the pack; or as for every pack.
+    """
+    pack = _read("cl_text.npz")
+    check_choice("task", task, [str(name) for name in _array(pack, "task_names", 1)])
+    names = [str(name) for name in _array(pack, f"{task}_label_names", 1)]
+
+    def part(split: str) -> Texts:
+        texts = [
+            piece.tobytes().decode() for piece in _pieces(pack, f"{task}_{split}_bytes", f"{task}_{split}_offsets")
+        ]
+        return Texts(texts, _array(pack, f"{task}_{split}_labels", 1).astype(np.int32), names)
+
+    return part("train"), part("test")
+
+
+def _read(name: str) -> dict[str, np.ndarray]:
+    folder = os.environ.get("JAXCL_DATA")
+    if not folder:
+        raise bad_argument("JAXCL_DATA", "no such environment variable", f"set it to the folder that holds {name}")
+    path = Path(folder) / name
+    if not path.is_file():
+        raise bad_argument("JAXCL_DATA", folder, f"set it to a folder that holds {name}")
+    try:
+        with np.load(path, allow_pickle=False) as pack:
+            return {key: pack[key] for key in pack.files}
+    except (zipfile.BadZipFile, zlib.error, ValueError, EOFError, OSError) as error:
+        raise _malformed(path.name, str(error)) from error
+
+
+def _array(pack: dict[str, np.ndarray], name: str, rank: int) -> np.ndarray:
+    array = pack.get(name)
+    if array is None or array.ndim != rank:
+        raise _malformed(name, "missing" if array is None else f"{array.ndim} axes instead of {rank}")
+    return array
+
+
+def _pieces(pack: dict[str, np.ndarray], flat: str, offsets: str) -> list[np.ndarray]:
+    """The arrays that were laid end to end in `flat`, cut at `offsets` [N + 1]."""
+    ends = _array(pack, offsets, 1)
+    whole = _array(pack, flat, 1)
+    if not len(ends) or ends[0] != 0 or ends[-1] != len(whole) or (np.diff(ends) < 0).any():
+        raise _malformed(offsets, f"offsets that do not cut {len(whole)} values in order")
+    return np.split(whole, ends[1:-1])
+
+
+def _malformed(name: str, what: str) -> ValueError:
+    return bad_argument("data pack", f"{name}: {what}", "the file is damaged or not a jaxcl pack: copy it again")

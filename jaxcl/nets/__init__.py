@@ -1,0 +1,5 @@
+"""Flax Linen networks."""
+
+from jaxcl.nets.mlp import MLP
+
+__all__ = ["MLP"]
