@@ -139,7 +139,9 @@ class Momentum(NamedTuple):
     step: Array  # [] int32, steps taken
 
 
-def key_value_bottleneck(bottleneck: Bottleneck, *, label_smoothing: float = 0.1, momentum: float = 0.0) -> Strategy:
+def key_value_bottleneck(
+    bottleneck: Bottleneck, *, classes: int | None = None, label_smoothing: float = 0.1, momentum: float = 0.0
+) -> Strategy:
     """The values of a discrete key-value bottleneck learn, on indices looked up beforehand, and vote.
 
     Inputs are indices [B, C, top_k] (any integer dtype; see `streams.map_inputs`), params the bottleneck's. Gradients
