@@ -34,7 +34,7 @@ def preset(name: str, data: str) -> Config:
             **shared, codebooks=32, pairs=4096, key_width=112, key_epochs=1, key_batch_size=1024, learning_rate=3.0,
             epochs=5, hidden=(256, 256), baseline_epochs=5, batch_size=256,
         )  # fmt: skip
-    return Config(**shared, codebooks=64, pairs=256, key_width=8, learning_rate=3.0, epochs=30, baseline_epochs=50)
+    return Config(**shared, codebooks=64, pairs=256, key_width=8, learning_rate=3.0, epochs=30, baseline_epochs=100)
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:

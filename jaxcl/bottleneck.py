@@ -199,14 +199,15 @@ def fit_epoch(
     check_at_least("batch_size", batch_size, 1)
     count = len(features)
     batch_size = min(batch_size, count)
-    order_key, *keys = jax.random.split(key, 1 + count // batch_size)
-    order = jax.random.permutation(order_key, count)[: len(keys) * batch_size].reshape(len(keys), batch_size)
+    steps = count // batch_size
+    order_key, step_key = jax.random.split(key)
+    order = jax.random.permutation(order_key, count)[: steps * batch_size].reshape(steps, batch_size)
 
     def step(state: KeyState, key_rows: tuple[Key, Array]) -> tuple[KeyState, None]:
         key, rows = key_rows
         return bottleneck.fit_keys(key, params, state, features[rows]), None
 
-    return lax.scan(step, state, (jnp.stack(keys), order))[0]
+    return lax.scan(step, state, (jax.random.split(step_key, steps), order))[0]
 
 
 def pair_numbers(indices: Array, pairs: int) -> Array:

@@ -24,10 +24,10 @@ def _inputs() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def _ours(value_width: int) -> Step:
-    import jax  # noqa: PLC0415
-    import jax.numpy as jnp  # noqa: PLC0415
+    import jax
+    import jax.numpy as jnp
 
-    from jaxcl import bottleneck, continual, trees  # noqa: PLC0415
+    from jaxcl import bottleneck, continual, trees
 
     keys, heads, labels = _inputs()
     layer = bottleneck.discrete_key_value_bottleneck(
@@ -60,8 +60,8 @@ def _ours(value_width: int) -> Step:
 
 
 def _peer(distances: str) -> Step:
-    import torch  # noqa: PLC0415
-    from torch import nn  # noqa: PLC0415
+    import torch
+    from torch import nn
 
     keys, heads, labels = map(torch.from_numpy, _inputs())
     labels = labels.long()

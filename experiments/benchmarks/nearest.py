@@ -18,9 +18,9 @@ def _inputs() -> tuple[np.ndarray, np.ndarray]:
 
 
 def _ours() -> Step:
-    import jax  # noqa: PLC0415
+    import jax
 
-    from jaxcl.nearest import nearest_codes  # noqa: PLC0415
+    from jaxcl.nearest import nearest_codes
 
     x, codebook = map(jax.device_put, _inputs())
     search = jax.jit(nearest_codes)
@@ -28,7 +28,7 @@ def _ours() -> Step:
 
 
 def _peer(form: str) -> Step:
-    import torch  # noqa: PLC0415
+    import torch
 
     x, codebook = map(torch.from_numpy, _inputs())
     if form == "cdist":

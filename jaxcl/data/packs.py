@@ -101,7 +101,7 @@ def _read(name: str) -> dict[str, np.ndarray]:
     if not path.is_file():
         raise bad_argument("JAXCL_DATA", folder, f"set it to a folder that holds {name}")
     try:
-        with np.load(path, allow_pickle=False) as pack:
+        with path.open("rb") as file, np.lib.npyio.NpzFile(file, allow_pickle=False) as pack:
             return {key: pack[key] for key in pack.files}
     except (zipfile.BadZipFile, zlib.error, ValueError, EOFError, OSError) as error:
         raise _malformed(path.name, str(error)) from error

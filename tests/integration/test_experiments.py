@@ -1,0 +1,145 @@
+"""Experiments and the README, as a user runs them."""
+
+import csv
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from experiments import class_incremental, dkvb, quickstart
+from experiments.benchmarks import harness
+from jaxcl import continual
+
+ROOT = Path(__file__).parents[2]
+METHODS = {"naive", "joint", "linear_probe", "dkvb"}
+METRICS = {
+    "acc", "bwt", "fwt", "forgetting", "learning_accuracy", "seconds", "parameters", "bytes", "compilations",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory):
+    out = tmp_path_factory.mktemp("quickstart")
+    return out, quickstart.main(["--preset", "smoke", "--out", str(out)])
+
+
+def test_metrics_have_the_promised_form(smoke):
+    out, document = smoke
+    written = json.loads((out / "metrics.json").read_text(), parse_constant=pytest.fail)  # strict JSON: no NaN
+    assert set(written) == {"experiment", "preset", "config", "results", "environment", "seconds"}
+    assert (written["experiment"], written["preset"]) == ("quickstart", "smoke")
+    assert set(written["environment"]) == {"jax", "python", "devices"}
+    assert set(written["results"]) == METHODS
+    for method, results in written["results"].items():
+        assert set(results) >= METRICS
+        for summary in results.values():
+            assert set(summary) == {"mean", "std", "ci95", "values"} and len(summary["values"]) == 2
+        assert results["acc"]["values"] == document["results"][method]["acc"]["values"]
+        assert 0 <= results["acc"]["mean"] <= 1
+    assert written["results"]["joint"]["forgetting"]["mean"] is None
+    assert json.loads((out / "config.json").read_text()) == written["config"]
+
+
+def test_accuracy_csv_holds_every_matrix_and_yields_the_metrics(smoke):
+    out, document = smoke
+    with (out / "accuracy.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    matrices = {method: np.full((2, 5, 5), np.nan) for method in METHODS}
+    for row in rows:
+        seed, stage, task = (int(row[name]) for name in ("seed", "stage", "task"))
+        matrices[row["method"]][seed, stage, task] = float(row["accuracy"])
+    assert np.isfinite(matrices["dkvb"]).all()
+    for method in ("naive", "dkvb"):
+        expected = [continual.metrics.forgetting(matrix) for matrix in matrices[method]]
+        np.testing.assert_allclose(document["results"][method]["forgetting"]["values"], expected)
+
+
+def test_report_is_one_page_with_table_and_plots(smoke):
+    page = (smoke[0] / "report.html").read_text()
+    assert page.count("<svg") == 2 and "<table" in page
+    assert not re.search(r"""(src|href)=["']?(https?:)?//""", page)
+
+
+def test_one_compilation_of_training_and_evaluation_whatever_the_seeds(smoke):
+    # start, train and evaluate: no program of these strategies compiles twice.
+    for results in smoke[1]["results"].values():
+        assert results["compilations"]["values"] == [3, 3]
+
+
+def test_the_same_command_gives_the_same_numbers(smoke, tmp_path):
+    again = quickstart.main(["--preset", "smoke", "--out", str(tmp_path)])
+    for method in METHODS:
+        assert again["results"][method]["acc"]["values"] == smoke[1]["results"][method]["acc"]["values"]
+
+
+@pytest.mark.skipif("JAXCL_DATA" not in os.environ, reason="JAXCL_DATA is not set")
+def test_dkvb_runs_on_the_mnist_pack(tmp_path):
+    document = dkvb.main(["--data", "mnist", "--preset", "smoke", "--seeds", "1", "--out", str(tmp_path)])
+    assert document["experiment"] == "dkvb" and document["config"]["data"] == "mnist"
+    assert document["results"]["dkvb"]["acc"]["std"] is None  # one seed has no spread
+
+
+@pytest.mark.parametrize("data", ["digits", "mnist"])
+def test_paper_preset_has_the_published_settings(data):
+    config = dkvb.preset("paper", data)
+    # Träuble et al. 2023, CIFAR-10: 256 codebooks, 4,096 pairs, keys of 14, lr 0.3, batches of 256, 2,000 epochs.
+    published = (256, 4096, 14, 0.3, 256, 2000, 1)
+    assert published == (
+        config.codebooks, config.pairs, config.key_width, config.learning_rate, config.batch_size, config.epochs,
+        config.top_k,
+    )  # fmt: skip
+
+
+def test_options_override_the_preset(monkeypatch):
+    seen = []
+    monkeypatch.setattr(class_incremental, "run", lambda config, experiment: seen.append(config) or {})
+    dkvb.main(["--preset", "smoke", "--codebooks", "3", "--data", "mnist"])
+    assert (seen[0].codebooks, seen[0].data, seen[0].preset, seen[0].pairs) == (3, "mnist", "smoke", 32)
+
+
+@pytest.mark.parametrize("name", ["quickstart", "dkvb"])
+def test_help_explains(name):
+    text = subprocess.run(
+        [sys.executable, "-m", f"experiments.{name}", "--help"], check=True, capture_output=True, text=True, cwd=ROOT
+    ).stdout
+    assert "--preset" in text and "--seeds" in text and "minute" in text
+
+
+def test_bad_seeds_are_named():
+    with pytest.raises(ValueError, match=r"seeds: got 0; pass 1 or more"):
+        quickstart.main(["--seeds", "0"])
+
+
+def test_the_readme_example_runs():
+    (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    assert len(example.splitlines()) <= 20
+    names: dict[str, object] = {}
+    exec(compile(example, "README.md", "exec"), names)  # our own file
+    assert names["accuracy"] > 0.9  # what the text beside the example promises
+
+
+def test_the_harness_measures_both_sides_and_ends_with_json(monkeypatch, capsys):
+    calls = []
+    case = harness.Case(lambda: lambda: calls.append("ours"), lambda: lambda: calls.append("peer"), ours_per_round=2)
+    monkeypatch.setattr(harness, "_peak_elsewhere", lambda benchmark, case, side: {"ours": 1.0, "peer": 2.0}[side])
+    rows = harness.main("nearest", {"a": case}, ["--repeats", "3"])
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == rows
+    assert set(rows[0]) == {
+        "benchmark", "case", "ours_seconds", "peer_seconds", "ratio", "ours_peak_mib", "peer_peak_mib",
+    }  # fmt: skip
+    assert rows[0]["ratio"] == rows[0]["peer_seconds"] / rows[0]["ours_seconds"]
+    assert calls == ["ours", "peer"] + ["ours", "ours", "peer"] * 3
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peaks are read from Linux's /proc")
+def test_the_harness_sees_memory_beyond_the_inputs():
+    def factory():
+        inputs = np.ones(8 * 2**20, np.uint8)
+        return lambda: np.ones(64 * 2**20, np.uint8).sum() + inputs[0]
+
+    assert 60 < harness._peak_mib(factory) < 80  # the step's 64 MiB, not the inputs' 8

@@ -1,0 +1,177 @@
+"""Data sources: splits, features, and what bad packs give."""
+
+import io
+import os
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from jaxcl import data
+from jaxcl.continual import Examples
+
+PACKS = Path(os.environ.get("JAXCL_DATA", "missing"))
+
+
+def needs(name):
+    return pytest.mark.skipif(not (PACKS / name).is_file(), reason=f"JAXCL_DATA has no {name}")
+
+
+def test_digits_are_split_evenly_within_each_class():
+    from sklearn.datasets import load_digits
+
+    train, test = data.digits()
+    images, labels = load_digits(return_X_y=True)
+    assert len(train.labels) + len(test.labels) == len(labels) == 1797
+    assert train.inputs.dtype == np.uint8 and train.inputs.shape[1:] == (8, 8)
+    # Every fifth of each class, so the floor of a fifth of its count.
+    np.testing.assert_array_equal(np.bincount(test.labels), np.bincount(labels) // 5)
+    everything = np.concatenate([train.inputs, test.inputs]).reshape(-1, 64)
+    np.testing.assert_array_equal(np.sort(everything, axis=0), np.sort(images.astype(np.uint8), axis=0))
+
+
+@pytest.mark.parametrize("share", [0.0, 0.2, 0.5, 1.0])
+def test_hold_out_takes_its_share_of_each_class_and_keeps_order(share):
+    labels = np.array([0, 1, 0, 0, 1, 0, 1, 0, 1, 1] * 3)
+    inputs = np.arange(30)
+    rest, held = data.hold_out(Examples(inputs, labels), share=share)
+    # 15 examples of each class; the share of them, rounded down.
+    np.testing.assert_array_equal(np.bincount(held.labels, minlength=2), [int(15 * share)] * 2)
+    assert sorted([*rest.inputs, *held.inputs]) == list(range(30))
+    assert list(held.inputs) == sorted(held.inputs) and list(rest.inputs) == sorted(rest.inputs)
+    np.testing.assert_array_equal(labels[held.inputs], held.labels)
+
+
+def test_hold_out_refuses_a_share_above_one():
+    with pytest.raises(ValueError, match=r"share: got 1.5; pass a number from 0 to 1"):
+        data.hold_out(Examples(np.zeros(3), np.zeros(3, int)), share=1.5)
+
+
+def test_flat_features_are_scaled_by_the_training_maximum():
+    train = Examples(np.array([[[0, 4], [8, 2]]], np.uint8), np.zeros(1, np.int32))
+    test = Examples(np.array([[[16, 0], [0, 0]]], np.uint8), np.zeros(1, np.int32))
+    flat = data.flat_features(data.Split(train, test))
+    np.testing.assert_array_equal(flat.train.inputs, np.array([[0, 0.5, 1, 0.25]], np.float32))
+    np.testing.assert_array_equal(flat.test.inputs, np.array([[2, 0, 0, 0]], np.float32))
+
+
+def test_load_names_what_there_is():
+    with pytest.raises(ValueError, match=r"name: got 'svhn'; choose one of 'digits', 'mnist', 'cifar10'"):
+        data.load("svhn")
+
+
+@needs("mnist.npz")
+def test_mnist_has_its_published_counts():
+    train, test = data.load("mnist")
+    assert train.inputs.shape == (60000, 28, 28) and test.inputs.shape == (10000, 28, 28)
+    # LeCun's counts of each digit, as the pack's notes list them.
+    counts = [5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949]
+    np.testing.assert_array_equal(np.bincount(train.labels), counts)
+
+
+@needs("cifar10.npz")
+def test_cifar10_decodes_to_its_published_mean():
+    train, test = data.load("cifar10")
+    assert train.inputs.shape == (50000, 32, 32, 3) and test.inputs.shape == (10000, 32, 32, 3)
+    np.testing.assert_array_equal(np.bincount(train.labels), [5000] * 10)
+    # The mean the pack's notes give for the decoded training images.
+    np.testing.assert_allclose(train.inputs.mean(axis=(0, 1, 2)) / 255, [0.4913, 0.4821, 0.4465], atol=2e-4)
+
+
+@needs("fsdd.npz")
+def test_fsdd_has_the_official_split():
+    train, test = data.fsdd()
+    assert (len(train.audio), len(test.audio), train.sample_rate) == (2700, 300, 8000)
+    np.testing.assert_array_equal(np.bincount(test.labels), [30] * 10)
+    seconds = sum(len(clip) for clip in train.audio + test.audio) / 8000
+    assert seconds == pytest.approx(1312.3, abs=0.1)
+    assert train.speaker_names[train.speakers[0]] == "george"
+
+
+@needs("cl_text.npz")
+def test_cl_text_reads_a_task_and_names_those_there_are():
+    train, test = data.cl_text("agnews")
+    assert (len(train.texts), len(test.texts)) == (4000, 7600)
+    assert train.label_names == ["World", "Sports", "Business", "Science or Technology"]
+    np.testing.assert_array_equal(np.bincount(train.labels), [968, 1040, 1000, 992])
+    with pytest.raises(ValueError, match=r"task: got 'yahoo'; choose one of"):
+        data.cl_text("yahoo")
+
+
+def test_an_unset_folder_is_named(monkeypatch):
+    monkeypatch.delenv("JAXCL_DATA", raising=False)
+    with pytest.raises(ValueError, match=r"JAXCL_DATA: got no such environment variable; set it to .* mnist.npz"):
+        data.load("mnist")
+
+
+def test_a_folder_without_the_pack_is_named(monkeypatch, tmp_path):
+    monkeypatch.setenv("JAXCL_DATA", str(tmp_path))
+    with pytest.raises(ValueError, match=r"JAXCL_DATA: got .*; set it to a folder that holds mnist.npz"):
+        data.load("mnist")
+
+
+def array_file():
+    file = io.BytesIO()
+    np.save(file, np.zeros(3))
+    return file.getvalue()
+
+
+def write_pack(path, **changes):
+    arrays = {
+        "train_images": np.zeros((2, 28, 28), np.uint8),
+        "train_labels": np.zeros(2, np.uint8),
+        "test_images": np.zeros((1, 28, 28), np.uint8),
+        "test_labels": np.zeros(1, np.uint8),
+    } | changes
+    np.savez_compressed(path, **{name: array for name, array in arrays.items() if array is not None})
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda path: path.write_bytes(b""),
+        lambda path: path.write_bytes(b"not an archive"),
+        lambda path: path.write_bytes(array_file()),
+        lambda path: path.write_bytes(path.read_bytes()[:-40]),
+        lambda path: path.write_bytes(path.read_bytes()[:60] + b"\xff" * 20 + path.read_bytes()[80:]),
+        lambda path: write_pack(path, test_labels=None),
+        lambda path: write_pack(path, train_images=np.zeros((2, 784), np.uint8)),
+        lambda path: write_pack(path, train_images=np.array([{"a": 1}, None], object)),
+        lambda path: zipfile.ZipFile(path, "w").close(),
+    ],
+    ids=[
+        "empty",
+        "text",
+        "npy",
+        "cut short",
+        "flipped bytes",
+        "array missing",
+        "wrong rank",
+        "pickled objects",
+        "no arrays",
+    ],
+)
+def test_a_damaged_pack_gives_one_clear_error(spoil, monkeypatch, tmp_path):
+    path = tmp_path / "mnist.npz"
+    write_pack(path)
+    monkeypatch.setenv("JAXCL_DATA", str(tmp_path))
+    assert data.load("mnist").train.inputs.shape == (2, 28, 28)
+    spoil(path)
+    with pytest.raises(ValueError, match=r"data pack: got .*; the file is damaged or not a jaxcl pack"):
+        data.load("mnist")
+
+
+@pytest.mark.parametrize("offsets", [[0, 5], [1, 3, 4], [0, 3, 2, 4], []], ids=["past the end", "late", "back", "none"])
+def test_offsets_that_do_not_cut_the_data_are_refused(offsets, monkeypatch, tmp_path):
+    np.savez(
+        tmp_path / "cl_text.npz",
+        task_names=np.array(["cb"]),
+        cb_label_names=np.array(["yes", "no"]),
+        cb_train_bytes=np.frombuffer(b"text", np.uint8),
+        cb_train_offsets=np.array(offsets, np.int64),
+        cb_train_labels=np.zeros(max(len(offsets) - 1, 0), np.uint8),
+    )
+    monkeypatch.setenv("JAXCL_DATA", str(tmp_path))
+    with pytest.raises(ValueError, match=r"cb_train_offsets: offsets that do not cut"):
+        data.cl_text("cb")
