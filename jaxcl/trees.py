@@ -49,7 +49,7 @@ def pick(banked: PyTree, task: Array | int) -> PyTree:
 
 def commit(banked: PyTree, task: Array | int, tree: PyTree) -> PyTree:
     """The bank (leaves [T, ...]) with the entry of `task` replaced by `tree` (leaves [...])."""
-    return jax.tree.map(lambda leaf, new: jax.lax.dynamic_update_index_in_dim(leaf, new, task, 0), banked, tree)
+    return jax.tree.map(lambda leaf, new: jnp.asarray(leaf).at[task].set(new), banked, tree)
 
 
 def parameter_count(tree: PyTree) -> int:

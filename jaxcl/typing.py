@@ -20,6 +20,7 @@ from collections.abc import Collection
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 Array = jax.Array
@@ -71,7 +72,7 @@ def check_finite(argument: str, array: ArrayLike) -> None:
 
     Values are looked at, so this is for data on the host (streams, feature caches), not for traced arrays.
     """
-    if not np.issubdtype(array.dtype, np.inexact):
+    if not jnp.issubdtype(array.dtype, jnp.inexact):  # which knows bfloat16
         return
     wrong = ~np.isfinite(np.asarray(array))
     if wrong.any():
@@ -90,5 +91,5 @@ def check_labels(argument: str, labels: ArrayLike, classes: int) -> None:
     if labels.size and (int(labels.min()) < 0 or int(labels.max()) >= classes):
         raise bad_argument(
             argument, f"values from {int(labels.min())} to {int(labels.max())}",
-            f"labels must lie in [0, {classes}): raise `classes` or renumber them",
+            f"labels must lie in [0, {classes}): renumber them",
         )  # fmt: skip

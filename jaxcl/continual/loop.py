@@ -131,7 +131,8 @@ def run_seeds(
         One `Result` a seed.
 
     Raises:
-        ValueError: as in `run`; or lengths of `keys`, `params` and `streams` that differ.
+        ValueError: as in `run`; lengths of `keys`, `params` and `streams` that differ; streams that are not alike; a
+            strategy that refreshes, trained `together`.
     """
     check_at_least("epochs", epochs, 1)
     check_at_least("batch_size", batch_size, 1)
@@ -145,6 +146,14 @@ def run_seeds(
         )
     for stream in streams:
         _check_stream(stream)
+        if (stream.view, stream.task_known) != (streams[0].view, streams[0].task_known):
+            raise bad_argument("streams", "streams of several kinds", "make them all by the same function")
+        if len(stream.train_sets) != len(streams[0].train_sets) or stream.eligible.shape != streams[0].eligible.shape:
+            raise bad_argument("streams", "different numbers of tasks or classes", "make them alike but for their keys")
+    if together and strategy.refresh_every:
+        raise bad_argument(
+            "together", together, "train in turn: seeds reach the strategy's `refresh_every` steps at different times"
+        )
 
     shared = all(stream.train is streams[0].train and stream.test is streams[0].test for stream in streams)
     axes = Table._make((None if shared else 0, 0, 0))

@@ -87,7 +87,9 @@ def compile_programs(
         batch = gather(table, order.rows[0], order.tasks[0], jnp.int32(0))
         _, metrics = jax.eval_shape(strategy.gradients, key, params, strategy_state, batch)
         totals = {name: jnp.float32(0) for name in metrics}
-        return LoopState(params, tx.init(params), strategy_state, jnp.int32(0), totals, jnp.float32(0))
+        state = LoopState(params, tx.init(params), strategy_state, jnp.int32(0), totals, jnp.float32(0))
+        # A Python scalar among the leaves has a weak type, which the first step would firm up: a second compilation.
+        return jax.tree.map(lambda leaf: lax.convert_element_type(leaf, jnp.asarray(leaf).dtype), state)
 
     def step(key: Key, state: LoopState, batch: Batch) -> LoopState:
         gradients_key, update_key = jax.random.split(_derive(key, 1, state.step))

@@ -99,6 +99,7 @@ def rotated(train: Examples, test: Examples, *, degrees: Sequence[float]) -> Str
     [N, H, W, channels]. Other arguments and errors as in `class_incremental`.
     """
     check_at_least("degrees, their number", len(degrees), 1)
+    check_finite("degrees", np.asarray(degrees, np.float64))
     check_rank("train.inputs", train.inputs, 3, 4)
     tables = [_rotation(angle, *train.inputs.shape[1:3]) for angle in degrees]
     places, weights = (jnp.asarray(np.stack(table)) for table in zip(*tables, strict=True))
@@ -141,20 +142,32 @@ def map_inputs(stream: Stream, function: Callable[[Array], ArrayLike], *, batch_
 
 def check_examples(argument: str, examples: Examples, classes: int) -> None:
     """Raises ValueError unless `examples` are as many finite inputs as labels, all in `[0, classes)`, at least one."""
+    counts = f"{len(examples.inputs)} inputs and {len(examples.labels)} labels"
+    if not len(examples.labels):
+        raise bad_argument(argument, counts, "pass one example or more")
     check_labels(f"{argument}.labels", examples.labels, classes)
-    if len(examples.inputs) != len(examples.labels) or not len(examples.labels):
-        raise bad_argument(
-            argument, f"{len(examples.inputs)} inputs and {len(examples.labels)} labels", "pass one label an input"
-        )
+    if len(examples.inputs) != len(examples.labels):
+        raise bad_argument(argument, counts, "pass one label an input")
     check_finite(f"{argument}.inputs", examples.inputs)
+
+
+def _check_split(train: Examples, test: Examples) -> int:
+    """The number of classes, after all checks of the examples."""
+    labels = np.asarray(train.labels)
+    classes = int(labels.max()) + 1 if labels.size and np.issubdtype(labels.dtype, np.integer) else 0
+    check_examples("train", train, classes)
+    check_examples("test", test, classes)
+    if train.inputs.shape[1:] != test.inputs.shape[1:]:
+        raise bad_argument(
+            "test.inputs", f"shape {tuple(test.inputs.shape)}", f"its examples must be {tuple(train.inputs.shape[1:])}"
+        )
+    return classes
 
 
 def _by_class(
     key: Key | None, train: Examples, test: Examples, classes_per_task: int | Sequence[int], *, told: bool
 ) -> Stream:
-    classes = int(np.asarray(train.labels).max(initial=-1)) + 1
-    check_examples("train", train, classes)
-    check_examples("test", test, classes)
+    classes = _check_split(train, test)
     sizes = _task_sizes(classes_per_task, classes)
     order = np.arange(classes) if key is None else np.asarray(jax.random.permutation(key, classes))
     groups = np.split(order, np.cumsum(sizes)[:-1])
@@ -187,9 +200,9 @@ def _by_class(
 
 
 def _task_sizes(classes_per_task: int | Sequence[int], classes: int) -> list[int]:
-    if isinstance(classes_per_task, int):
+    if isinstance(classes_per_task, int | np.integer):
         check_at_least("classes_per_task", classes_per_task, 1)
-        sizes = [classes_per_task] * (classes // classes_per_task)
+        sizes = [int(classes_per_task)] * (classes // int(classes_per_task))
     else:
         sizes = list(classes_per_task)
         check_at_least("classes_per_task", min(sizes, default=0), 1)
@@ -199,9 +212,7 @@ def _task_sizes(classes_per_task: int | Sequence[int], classes: int) -> list[int
 
 
 def _by_domain(train: Examples, test: Examples, tasks: int, view: View, table: PyTree) -> Stream:
-    classes = int(np.asarray(train.labels).max(initial=-1)) + 1
-    check_examples("train", train, classes)
-    check_examples("test", test, classes)
+    classes = _check_split(train, test)
 
     def select(examples: Examples) -> tuple[Selection, ...]:
         rows = np.arange(len(examples.labels), dtype=np.int32)

@@ -1,0 +1,42 @@
+"""What several test files use: golden values, one measure of closeness, numerical gradients, a mesh of host devices."""
+
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+
+GOLDENS = Path(__file__).parent / "goldens"
+
+
+def golden(name):
+    """The arrays of goldens/`name`.npz as a dict, and its `meta`, the options they were made with."""
+    with np.load(GOLDENS / f"{name}.npz", allow_pickle=False) as file:
+        arrays = {key: file[key] for key in file.files}
+    return arrays, json.loads(str(arrays.pop("meta")))
+
+
+def assert_close(actual, expected, tolerance=1e-5):
+    """Asserts equal shapes and a largest difference under `tolerance`, relative to max(1, the largest entry)."""
+    actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
+    assert actual.shape == expected.shape
+    scale = max(1.0, np.abs(expected).max(initial=0.0))
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=tolerance * scale)
+
+
+def numerical_gradient(function, x, step=1e-5):
+    """Gradient of a scalar NumPy `function` at `x` by central differences in float64."""
+    x = np.asarray(x, np.float64)
+    gradient = np.zeros_like(x)
+    for index in np.ndindex(x.shape):
+        shift = np.zeros_like(x)
+        shift[index] = step
+        gradient[index] = (function(x + shift) - function(x - shift)) / (2 * step)
+    return gradient
+
+
+def host_mesh(axis="devices", count=8):
+    """A mesh of the first `count` devices along one axis, whose shardings the compiler propagates."""
+    devices = jax.devices()
+    assert len(devices) >= count, f"{len(devices)} devices: set XLA_FLAGS as tests/conftest.py does"
+    return jax.sharding.Mesh(np.asarray(devices[:count]), (axis,))
