@@ -84,7 +84,8 @@ def discrete_key_value_bottleneck(
       the fetched rows alone learn.
     * `count_usage` adds to `usage`.
 
-    Leading axes of features are free: batches [B, D], or positions of a feature map [B, P, D].
+    Leading axes of features are free: batches [B, D], or positions of a feature map [B, P, D]. Call `fit_keys` and
+    `lookup` under `jit`: outside it they compile on every call.
 
     Args:
         feature_width: D.
@@ -97,12 +98,13 @@ def discrete_key_value_bottleneck(
         projection: "random" multiplies by a fixed Gaussian matrix with columns of unit length; "chunk" cuts a feature
             of width C * W into C pieces.
         decay: of the keys' moving averages, a step.
-        dead_share: a key whose average count falls under this share of an even load (heads / J) is replaced; 0: none.
+        dead_share: a key whose average count falls under this share of an even load is replaced; 0 replaces none.
         averages: "sound" starts counts and sums at zero, leaves a key that nothing chose in its place, and resets the
             averages of a replaced key to an even load. "authors" is the authors' code: sums start at the random keys
             and counts at zero, so a key that nothing chose leaves for infinity and the others are dragged by their
-            start for many steps; counts are smoothed by 1e-5; replaced keys keep the averages of the dead ones, and
-            two of them may get the same head.
+            start for many steps; counts are smoothed by 1e-5; the even load is that of the batch, which the counts
+            only reach after many steps; and replaced keys keep the averages of the dead ones. (The authors may also
+            give two of them the same head; here heads are distinct.)
 
     Raises:
         ValueError: a size below 1, more than 65,536 pairs, `top_k` above J, chunks that do not fit, an option unknown;
@@ -157,14 +159,7 @@ def discrete_key_value_bottleneck(
 
         fitted = jax.vmap(update)(state.keys, points, indices)
         if dead_share > 0:
-            batch = points.shape[1] * (1 if axis_name is None else lax.axis_size(axis_name))
-            even_load = batch / pairs
-            dead = fitted.counts < dead_share * even_load
-            rows, dead = jax.vmap(lambda x, dead: draw_replacements(key, x, dead, axis_name=axis_name))(points, dead)
-            if averages == "sound":
-                fitted = jax.vmap(lambda *args: replace_codes(*args, count=even_load))(fitted, rows, dead)
-            else:
-                fitted = fitted._replace(codebook=jnp.where(dead[..., None], rows, fitted.codebook))
+            fitted = _replace_dead(key, fitted, points, dead_share, averages, axis_name)
         return state._replace(keys=fitted)
 
     def lookup(params: PyTree, state: KeyState, features: Array, *, used_only: bool = False) -> Array:
@@ -179,13 +174,32 @@ def discrete_key_value_bottleneck(
         return indices.swapaxes(0, 1).reshape(*features.shape[:-1], codebooks, top_k)
 
     def read(params: PyTree, indices: Array) -> Array:
-        return params["values"].reshape(-1, value_width).at[pair_numbers(indices, pairs)].get(mode="promise_in_bounds")
+        if indices.ndim < 2 or indices.shape[-2] != codebooks:
+            shape = tuple(indices.shape)
+            raise bad_argument("indices", f"shape {shape}", f"pass [..., {codebooks}, top_k], as `lookup` gives")
+        table = jnp.asarray(params["values"]).reshape(-1, value_width)
+        return table.at[pair_numbers(indices, pairs)].get(mode="promise_in_bounds")
 
     def count_usage(state: KeyState, indices: Array) -> KeyState:
         counts = jax.vmap(lambda fetched: usage(fetched, pairs), in_axes=-2)(indices)
         return state._replace(usage=state.usage + counts)
 
     return Bottleneck(init, fit_keys, lookup, read, count_usage)
+
+
+def _replace_dead(
+    key: Key, keys: EMAState, points: Array, share: float, averages: str, axis_name: str | None
+) -> EMAState:
+    """Puts keys [C, J, W] whose count is under `share` of an even load on heads [C, N, W] of the batch."""
+    even_load = keys.counts.mean(axis=1)  # of the averages, which take many steps to reach the batch's
+    if averages == "authors":
+        batch = points.shape[1] * (1 if axis_name is None else lax.axis_size(axis_name))
+        even_load = jnp.full_like(even_load, batch / keys.counts.shape[1])
+    dead = keys.counts < share * even_load[:, None]
+    rows, dead = jax.vmap(lambda x, dead: draw_replacements(key, x, dead, axis_name=axis_name))(points, dead)
+    if averages == "authors":
+        return keys._replace(codebook=jnp.where(dead[..., None], rows, keys.codebook))
+    return jax.vmap(replace_codes)(keys, rows, dead, even_load)
 
 
 @partial(jax.jit, static_argnames=("bottleneck", "batch_size"))
@@ -196,8 +210,9 @@ def fit_epoch(
 
     The rest of N / `batch_size` examples is left out of this pass. `batch_size` above N counts as N.
     """
-    check_at_least("batch_size", batch_size, 1)
     count = len(features)
+    check_at_least("batch_size", batch_size, 1)
+    check_at_least("features, their number", count, 1)
     batch_size = min(batch_size, count)
     steps = count // batch_size
     order_key, step_key = jax.random.split(key)
@@ -239,7 +254,13 @@ def sparse_sgd(learning_rate: float, *, max_norm: float | None = None) -> optax.
     Args:
         learning_rate: constant.
         max_norm: global norm above which gradients are scaled down; None never does.
+
+    Raises:
+        ValueError: a negative learning rate or norm.
     """
+    for name, value in (("learning_rate", learning_rate), ("max_norm", max_norm)):
+        if isinstance(value, int | float):  # traced values cannot be looked at
+            check_at_least(name, value, 0)
 
     def update(
         updates: PyTree, state: optax.EmptyState, params: PyTree | None = None

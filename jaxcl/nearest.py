@@ -1,8 +1,8 @@
 """Nearest-code search: exact, in blocks, on one device or with the codebook split over many.
 
 ``argmin_k |x - c_k|^2 = argmax_k (x . c_k - |c_k|^2 / 2)``, and with every vector normalised the same search is that of
-the cosine. Scores are float32 whatever the inputs' dtype. Ties go to the lowest index. A vector with NaN in it gets a
-defined index (0); a code with NaN or infinity in it is never chosen. Nothing here has a gradient: gradients flow
+the cosine. Scores are float32 whatever the inputs' dtype. Ties go to the lowest index. A vector with NaN or infinity in
+it gets index 0; a code with NaN or infinity in it is never chosen. Nothing here has a gradient: gradients flow
 through looking codes up.
 """
 
@@ -13,7 +13,7 @@ from typing import Any, Literal
 import jax.numpy as jnp
 from jax import lax
 
-from jaxcl.typing import Array, check_at_least, check_choice, check_rank, check_width
+from jaxcl.typing import Array, bad_argument, check_at_least, check_choice, check_rank, check_width
 
 Metric = Literal["euclidean", "cosine"]
 Pair = tuple[Array, Array]
@@ -55,8 +55,7 @@ def nearest_codes(
     best, index = _by_backend(_search, x.reshape(-1, x.shape[-1]), codebook, eligible, block_size)
     if axis_name is not None:
         index += lax.axis_index(axis_name) * codebook.shape[0]
-        scores, indices = lax.all_gather((best, index), axis_name)
-        index = jnp.take_along_axis(indices, jnp.argmax(scores, axis=0)[None], axis=0)[0]
+        index = lax.pmin(jnp.where(best == lax.pmax(best, axis_name), index, jnp.iinfo(jnp.int32).max), axis_name)
     return index.reshape(x.shape[:-1])
 
 
@@ -85,7 +84,7 @@ def nearest_k_codes(
     """
     x, codebook, eligible = _prepare(x, codebook, metric, block_size, eligible)
     if not 1 <= k <= codebook.shape[0]:
-        raise ValueError(f"k: got {k}; pass a number from 1 to {codebook.shape[0]}, the number of codes")
+        raise bad_argument("k", k, f"pass a number from 1 to {codebook.shape[0]}, the number of codes")
     index = _by_backend(partial(_search_k, k=k), x.reshape(-1, x.shape[-1]), codebook, eligible, block_size)
     return index.reshape(*x.shape[:-1], k)
 
@@ -98,8 +97,9 @@ def squared_distances(x: Array, codes: Array) -> Array:
 
 def normalise(x: Array, epsilon: float = 1e-6) -> Array:
     """Vectors [..., D] scaled to unit length, those shorter than `epsilon` divided by it; the dtype is kept."""
-    length = jnp.linalg.norm(x.astype(jnp.float32), axis=-1, keepdims=True)
-    return (x / jnp.maximum(length, epsilon)).astype(x.dtype)
+    squared = jnp.sum(jnp.square(x.astype(jnp.float32)), axis=-1, keepdims=True)
+    # The limit goes inside the root, whose gradient at zero would be infinite.
+    return (x / jnp.sqrt(jnp.maximum(squared, epsilon**2))).astype(x.dtype)
 
 
 def _prepare(
@@ -112,11 +112,16 @@ def _prepare(
     check_width("x", x, codebook.shape[1], "codebook")
     if block_size is not None:
         check_at_least("block_size", block_size, 1)
+    if eligible is None:
+        eligible = jnp.ones(len(codebook), bool)
+    if eligible.shape != (len(codebook),):
+        raise bad_argument("eligible", f"shape {tuple(eligible.shape)}", f"pass [{len(codebook)}], one a code")
     dtype = jnp.promote_types(x.dtype, codebook.dtype)
     x, codebook = lax.stop_gradient((x.astype(dtype), codebook.astype(dtype)))
     if metric == "cosine":
         x, codebook = normalise(x.astype(jnp.float32)), normalise(codebook.astype(jnp.float32))
-    return x, codebook, jnp.ones(len(codebook), bool) if eligible is None else eligible
+    # All scores of a vector that is not finite are NaN, and so its index is the same whatever the blocks.
+    return jnp.where(jnp.isfinite(x).all(axis=-1, keepdims=True), x, jnp.nan), codebook, eligible
 
 
 def _by_backend(search: Callable[..., Any], x: Array, codebook: Array, eligible: Array, block_size: int | None) -> Any:
@@ -136,41 +141,55 @@ def _scores(x: Array, codes: Array, eligible: Array) -> Array:
     return product - jnp.where(eligible, half_norm, jnp.finfo(jnp.float32).max)
 
 
-def _search(x: Array, codebook: Array, eligible: Array, block: int | None) -> tuple[Array, Array]:
+def _search(x: Array, codebook: Array, eligible: Array, block: int | None) -> Pair:
     """Best score [N] and its index [N]."""
     if block is None:
         scores = _scores(x, codebook, eligible)
         return scores.max(axis=-1), jnp.argmax(scores, axis=-1).astype(jnp.int32)
 
-    def one_block(carry: Pair, one: tuple[Array, Array, Array]) -> tuple[Pair, None]:
-        best, index = carry
-        codes, eligible, start = one
+    def in_block(codes: Array, eligible: Array, start: Array) -> Pair:
         scores = _scores(x, codes, eligible)
         # The maximum and then where it stands: two passes that vectorise, unlike argmax, which does not on CPU.
         highest = scores.max(axis=-1)
         position = jnp.where(scores == highest[:, None], jnp.arange(len(codes)), len(codes)).min(axis=-1)
-        better = highest > best
-        return (jnp.where(better, highest, best), jnp.where(better, start + position, index)), None
+        known = ~jnp.isnan(highest)
+        return jnp.where(known, highest, -jnp.inf), jnp.where(known, start + position, 0)
 
-    first = jnp.full(len(x), -jnp.inf), jnp.zeros(len(x), jnp.int32)
-    return lax.scan(one_block, first, _in_blocks(codebook, eligible, block))[0]
+    def better(best: Pair, other: Pair) -> Pair:
+        return lax.select(other[0] > best[0], other[0], best[0]), lax.select(other[0] > best[0], other[1], best[1])
+
+    return _fold_blocks(in_block, better, _in_blocks(codebook, eligible, block))
 
 
 def _search_k(x: Array, codebook: Array, eligible: Array, block: int | None, k: int) -> Array:
     """Indices [N, k] of the best scores, best first."""
 
-    def one_block(carry: Pair, one: tuple[Array, Array, Array]) -> tuple[Pair, None]:
-        best, index = carry
-        codes, eligible, start = one
-        # Earlier codes stand first, and top_k keeps the order of equals: ties go to the lowest index.
-        scores = jnp.concatenate([best, _scores(x, codes, eligible)], axis=1)
-        numbers = jnp.broadcast_to(start + jnp.arange(len(codes)), (len(x), len(codes)))
-        best, position = lax.top_k(scores, k)
-        return (best, jnp.take_along_axis(jnp.concatenate([index, numbers], axis=1), position, axis=1)), None
+    def in_block(codes: Array, eligible: Array, start: Array) -> Pair:
+        scores = _scores(x, codes, eligible)
+        scores = jnp.where(scores == 0, 0.0, scores)  # top_k would put 0 before -0
+        best, position = lax.top_k(scores, min(k, len(codes)))
+        return best, start + position
 
-    # -inf is below what an ineligible code scores, so that these give way to any code.
-    first = jnp.full((len(x), k), -jnp.inf), jnp.zeros((len(x), k), jnp.int32)
-    return lax.scan(one_block, first, _in_blocks(codebook, eligible, block or len(codebook)))[0][1]
+    def better(best: Pair, other: Pair) -> Pair:
+        # Earlier codes stand first, and top_k keeps the order of equals: ties go to the lowest index.
+        scores, indices = (jnp.concatenate(both, axis=1) for both in zip(best, other, strict=True))
+        scores, position = lax.top_k(scores, k)
+        return scores, jnp.take_along_axis(indices, position, axis=1)
+
+    # The first of the pairs that are folded must hold k already.
+    blocks = _in_blocks(codebook, eligible, max(block or len(codebook), k))
+    return _fold_blocks(in_block, better, blocks)[1]
+
+
+def _fold_blocks(
+    in_block: Callable[[Array, Array, Array], Pair], better: Callable[[Pair, Pair], Pair], blocks: tuple[Array, ...]
+) -> Pair:
+    """`better` folded over what `in_block` finds in each block, from the first on."""
+
+    def step(number: Array | int, best: Pair) -> Pair:
+        return better(best, in_block(*(part[number] for part in blocks)))
+
+    return lax.fori_loop(1, len(blocks[0]), step, in_block(*(part[0] for part in blocks)))
 
 
 def _in_blocks(codebook: Array, eligible: Array, block: int) -> tuple[Array, Array, Array]:

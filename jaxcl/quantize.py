@@ -65,7 +65,7 @@ def vq(
     Raises:
         ValueError: K or D below 1, or an unknown option; in use, vectors whose width is not D.
     """
-    _check_sizes(codebook_size, width, gradient)
+    _check_options(codebook_size, width, metric, gradient, block_size)
 
     def init(key: Key) -> tuple[Array, tuple[()]]:
         return jax.random.normal(key, (codebook_size, width)) * width**-0.5, ()
@@ -126,7 +126,7 @@ def ema_vq(
         ValueError: sizes below 1, a decay outside [0, 1], a negative threshold or count, or an unknown option; in use,
             vectors whose width is not D.
     """
-    _check_sizes(codebook_size, width, gradient)
+    _check_options(codebook_size, width, metric, gradient, block_size)
     check_between("decay", decay, 0, 1)
     check_at_least("epsilon", epsilon, 0)
     check_at_least("initial_count", initial_count, 0)
@@ -158,7 +158,7 @@ def ema_vq(
             state = state._replace(codebook=normalise(state.codebook))
         if dead_threshold > 0:
             rows, dead = draw_replacements(key, x, state.counts < dead_threshold, axis_name=axis_name)
-            state = replace_codes(state, rows, dead, count=fresh_count)
+            state = replace_codes(state, rows, dead, fresh_count)
         return state
 
     return Quantizer(init, quantize, lookup, update)
@@ -180,20 +180,24 @@ def update_averages(
         indices: the code each chose, [N].
         decay: g.
         epsilon: of `smoothed(n) = (n + epsilon) / (total + K epsilon) * total`. With 0 a code is exactly the average
-            of what chose it, and one that nothing ever chose keeps its place.
+            of what chose it, and one that nothing chose keeps its place.
         axis_name: mapped axis (or axes) over which counts and sums are added up.
     """
     codes = state.counts.shape[0]
-    counts = usage(indices, codes, axis_name=axis_name).astype(jnp.float32)
+    chosen = usage(indices, codes, axis_name=axis_name).astype(jnp.float32)
     sums = jnp.zeros_like(state.sums).at[indices].add(x)
     if axis_name is not None:
         sums = lax.psum(sums, axis_name)
-    counts = decay * state.counts + (1 - decay) * counts
+    counts = decay * state.counts + (1 - decay) * chosen
     sums = decay * state.sums + (1 - decay) * sums
-    total = counts.sum()
-    smoothed = (counts + epsilon) / (total + codes * epsilon) * total
-    known = (smoothed > 0)[:, None]
-    return EMAState(jnp.where(known, sums / jnp.where(known, smoothed[:, None], 1), state.codebook), counts, sums)
+    if epsilon == 0:
+        # Not chosen, count and sum shrink alike: their quotient stays, but would be lost when both reach zero.
+        smoothed, moved = counts[:, None], (chosen > 0)[:, None]
+    else:
+        total = counts.sum()
+        smoothed = ((counts + epsilon) / (total + codes * epsilon) * total)[:, None]
+        moved = smoothed > 0
+    return EMAState(jnp.where(moved, sums / jnp.where(moved, smoothed, 1), state.codebook), counts, sums)
 
 
 def draw_replacements(key: Key, x: Array, dead: Array, *, axis_name: str | None = None) -> tuple[Array, Array]:
@@ -229,7 +233,7 @@ def draw_replacements(key: Key, x: Array, dead: Array, *, axis_name: str | None 
     return rows, dead & (rank < local * devices)
 
 
-def replace_codes(state: EMAState, rows: Array, dead: Array, *, count: float) -> EMAState:
+def replace_codes(state: EMAState, rows: Array, dead: Array, count: Array | float) -> EMAState:
     """`state` with the codes that are `dead` [K] replaced by `rows` [K, D], as if averages of `count` vectors."""
     mask = dead[:, None]
     return EMAState(
@@ -254,7 +258,7 @@ def utilisation(counts: Array) -> Array:
 def perplexity(counts: Array) -> Array:
     """Exp of the entropy (nats) of the codes' frequencies, from counts [..., K]; from 1 to K, and 0 for no counts."""
     total = counts.sum(axis=-1, keepdims=True)
-    frequency = counts / jnp.maximum(total, 1)
+    frequency = counts / jnp.where(total > 0, total, 1)
     entropy = -jnp.sum(jax.scipy.special.xlogy(frequency, frequency), axis=-1)
     return jnp.where(total[..., 0] > 0, jnp.exp(entropy), 0.0)
 
@@ -289,9 +293,12 @@ def rotate(x: Array, codes: Array, epsilon: float = 1e-6) -> Array:
     return turned * (code_length / length)
 
 
-def _check_sizes(codebook_size: int, width: int, gradient: Gradient) -> None:
+def _check_options(codebook_size: int, width: int, metric: Metric, gradient: Gradient, block_size: int | None) -> None:
     check_at_least("codebook_size", codebook_size, 1)
     check_at_least("width", width, 1)
+    check_choice("metric", metric, ("euclidean", "cosine"))
+    if block_size is not None:
+        check_at_least("block_size", block_size, 1)
     check_choice("gradient", gradient, ("straight_through", "rotation"))
 
 

@@ -80,7 +80,7 @@ def is_rows(node: object) -> bool:
 
 def add_rows(table: Array, rows: Rows) -> Array:
     """`table` [..., V] plus `rows`: in place under `jit` with a donated table, at the cost of the rows alone."""
-    flat = table.reshape(-1, table.shape[-1])
+    flat = jnp.asarray(table).reshape(-1, table.shape[-1])
     return flat.at[rows.numbers].add(rows.values.astype(table.dtype), mode="promise_in_bounds").reshape(table.shape)
 
 

@@ -87,7 +87,11 @@ def cross_entropy(logits: Array, batch: Batch, *, label_smoothing: float = 0.0) 
         logits: [B, K].
         batch: its labels, weights and eligible classes count.
         label_smoothing: share of the target that is spread evenly.
+
+    Raises:
+        ValueError: `label_smoothing` is not from 0 to 1.
     """
+    check_between("label_smoothing", label_smoothing, 0, 1)
     lowest = jnp.finfo(jnp.float32).min
     logits = jnp.where(batch.eligible, logits.astype(jnp.float32), lowest)
     smooth = label_smoothing / batch.eligible.sum(axis=-1, keepdims=True)
@@ -175,6 +179,11 @@ def key_value_bottleneck(
             values -= coasting * velocity_at(state, numbers_of(state, params, indices))
         return values
 
+    def answer(values: Array) -> Array:
+        if classes is not None:
+            check_between("classes", classes, 1, values.shape[-1])
+        return vote(values)[..., :classes]
+
     def init(key: Key, params: PyTree) -> PyTree:
         if not momentum:
             return ()
@@ -183,7 +192,7 @@ def key_value_bottleneck(
 
     def gradients(key: Key, params: PyTree, state: PyTree, batch: Batch) -> tuple[PyTree, Metrics]:
         def loss(values: Array) -> tuple[Array, Metrics]:
-            return cross_entropy(vote(values)[..., :classes], batch, label_smoothing=label_smoothing)
+            return cross_entropy(answer(values), batch, label_smoothing=label_smoothing)
 
         grads, metrics = jax.grad(loss, has_aux=True)(fetch(params, state, batch.inputs))
         return {"values": Rows(numbers_of(state, params, batch.inputs), grads)}, metrics
@@ -203,6 +212,6 @@ def key_value_bottleneck(
         return {"values": Rows(numbers, change / (1 - momentum))}, state
 
     def predict(params: PyTree, state: PyTree, inputs: Array, task: Array | None) -> Array:
-        return vote(fetch(params, state, inputs))[..., :classes]
+        return answer(fetch(params, state, inputs))
 
     return Strategy(gradients, predict, init, after_update=after_update)
