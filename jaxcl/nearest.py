@@ -52,7 +52,9 @@ def nearest_codes(
         ValueError: wrong ranks or widths, no code, an unknown metric, a block smaller than 1.
     """
     x, codebook, eligible = _prepare(x, codebook, metric, block_size, eligible)
-    best, index = _by_backend(_search, x.reshape(-1, x.shape[-1]), codebook, eligible, block_size)
+    best, index = _by_backend(
+        partial(_search, metric=metric), x.reshape(-1, x.shape[-1]), codebook, eligible, block_size
+    )
     if axis_name is not None:
         index += lax.axis_index(axis_name) * codebook.shape[0]
         index = lax.pmin(jnp.where(best == lax.pmax(best, axis_name), index, jnp.iinfo(jnp.int32).max), axis_name)
@@ -85,7 +87,9 @@ def nearest_k_codes(
     x, codebook, eligible = _prepare(x, codebook, metric, block_size, eligible)
     if not 1 <= k <= codebook.shape[0]:
         raise bad_argument("k", k, f"pass a number from 1 to {codebook.shape[0]}, the number of codes")
-    index = _by_backend(partial(_search_k, k=k), x.reshape(-1, x.shape[-1]), codebook, eligible, block_size)
+    index = _by_backend(
+        partial(_search_k, metric=metric, k=k), x.reshape(-1, x.shape[-1]), codebook, eligible, block_size
+    )
     return index.reshape(*x.shape[:-1], k)
 
 
@@ -132,23 +136,28 @@ def _by_backend(search: Callable[..., Any], x: Array, codebook: Array, eligible:
     return lax.platform_dependent(x, codebook, eligible, default=partial(search, block=None), **forms)
 
 
-def _scores(x: Array, codes: Array, eligible: Array) -> Array:
-    """`x . c - |c|^2 / 2`, [N, K] float32: the larger the nearer; the lowest number for those that may not be."""
+def _scores(x: Array, codes: Array, eligible: Array, metric: Metric) -> Array:
+    """`x . c - |c|^2 / 2`, [N, K] float32: the larger the nearer; the lowest number for codes that may not be chosen.
+
+    For the cosine of vectors already normalised it is `x . c` alone.
+    """
     half_norm = 0.5 * squared_distances(codes, jnp.zeros_like(codes))
     eligible &= jnp.isfinite(half_norm)
     codes = jnp.where(eligible[:, None], codes, 0)
     product = jnp.matmul(x, codes.T, precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
-    return product - jnp.where(eligible, half_norm, jnp.finfo(jnp.float32).max)
+    offset = half_norm if metric == "euclidean" else 0.0
+    return product - jnp.where(eligible, offset, jnp.finfo(jnp.float32).max)
 
 
-def _search(x: Array, codebook: Array, eligible: Array, block: int | None) -> Pair:
+def _search(x: Array, codebook: Array, eligible: Array, block: int | None, metric: Metric) -> Pair:
     """Best score [N] and its index [N]."""
     if block is None:
-        scores = _scores(x, codebook, eligible)
-        return scores.max(axis=-1), jnp.argmax(scores, axis=-1).astype(jnp.int32)
+        scores = _scores(x, codebook, eligible, metric)
+        highest = scores.max(axis=-1)
+        return jnp.where(jnp.isnan(highest), -jnp.inf, highest), jnp.argmax(scores, axis=-1).astype(jnp.int32)
 
     def in_block(codes: Array, eligible: Array, start: Array) -> Pair:
-        scores = _scores(x, codes, eligible)
+        scores = _scores(x, codes, eligible, metric)
         # The maximum and then where it stands: two passes that vectorise, unlike argmax, which does not on CPU.
         highest = scores.max(axis=-1)
         position = jnp.where(scores == highest[:, None], jnp.arange(len(codes)), len(codes)).min(axis=-1)
@@ -161,11 +170,11 @@ def _search(x: Array, codebook: Array, eligible: Array, block: int | None) -> Pa
     return _fold_blocks(in_block, better, _in_blocks(codebook, eligible, block))
 
 
-def _search_k(x: Array, codebook: Array, eligible: Array, block: int | None, k: int) -> Array:
+def _search_k(x: Array, codebook: Array, eligible: Array, block: int | None, metric: Metric, k: int) -> Array:
     """Indices [N, k] of the best scores, best first."""
 
     def in_block(codes: Array, eligible: Array, start: Array) -> Pair:
-        scores = _scores(x, codes, eligible)
+        scores = _scores(x, codes, eligible, metric)
         scores = jnp.where(scores == 0, 0.0, scores)  # top_k would put 0 before -0
         best, position = lax.top_k(scores, min(k, len(codes)))
         return best, start + position
