@@ -99,10 +99,9 @@ def test_search_outside_jit_equals_brute_force(vectors):
     np.testing.assert_array_equal(nearest_k_codes(x, codebook, 4, block_size=4), brute_k(*vectors, 4))
 
 
-@pytest.mark.parametrize("k", [1, 5])
-def test_fewer_codes_than_a_block_and_more(vectors, k):
+def test_more_codes_than_a_block_holds(vectors):
     x, codebook = vectors
-    assert_found(find(x, codebook, k=k, block_size=4), brute_k(x, codebook, k))
+    assert_found(find(x, codebook, k=5, block_size=4), brute_k(x, codebook, 5))
 
 
 @pytest.mark.parametrize("shape", [(5,), (0, 5)])
@@ -128,7 +127,7 @@ def test_vmap_of_one_batch_over_codebooks():
     np.testing.assert_array_equal(index, [brute(x, codebook) for codebook in codebooks])
 
 
-@settings(max_examples=60, deadline=None, derandomize=True, database=None)
+@settings(max_examples=40, deadline=None, derandomize=True, database=None)
 @given(data=st.data())
 def test_whole_numbers_equal_brute_force(data):
     """Arithmetic is exact, so that ties are ties: every index must be that of the stable sort."""

@@ -642,7 +642,7 @@ def test_vmap_over_seeds_equals_seed_by_seed():
         state = quantizer.update(second, params, state, x, quantizer.quantize(params, state, x).indices)
         return params, state, quantizer.quantize(params, state, x)
 
-    keys, x = jax.random.split(jax.random.key(10), 3), normal(72, 6, 4)
+    keys, x = jax.random.split(jax.random.key(10), 3), normal(72, 2, 3, 4)
     together = jax.device_get(jax.jit(jax.vmap(run, in_axes=(0, None)))(keys, x))
     for number, key in enumerate(keys):
         one = jax.tree.map(lambda leaf, number=number: leaf[number], together)

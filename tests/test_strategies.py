@@ -211,3 +211,9 @@ def test_baselines_answer_alike_whether_or_not_they_are_told_the_task():
     params, batch = probe_params(), make_batch()
     logits = [linear_probe().predict(params, (), jnp.asarray(batch.inputs), task) for task in (None, jnp.int32(1))]
     np.testing.assert_array_equal(*logits)
+
+
+@pytest.mark.parametrize("make", [lambda **options: naive(lambda params, inputs: inputs, **options), linear_probe])
+def test_label_smoothing_is_a_share(make):
+    with pytest.raises(ValueError, match=r"label_smoothing: got 1.5; pass a number from 0 to 1"):
+        make(label_smoothing=1.5)

@@ -87,11 +87,7 @@ def cross_entropy(logits: Array, batch: Batch, *, label_smoothing: float = 0.0) 
         logits: [B, K].
         batch: its labels, weights and eligible classes count.
         label_smoothing: share of the target that is spread evenly.
-
-    Raises:
-        ValueError: `label_smoothing` is not from 0 to 1.
     """
-    check_between("label_smoothing", label_smoothing, 0, 1)
     lowest = jnp.finfo(jnp.float32).min
     logits = jnp.where(batch.eligible, logits.astype(jnp.float32), lowest)
     smooth = label_smoothing / batch.eligible.sum(axis=-1, keepdims=True)
@@ -112,6 +108,7 @@ def naive(apply: Apply, *, label_smoothing: float = 0.0) -> Strategy:
         apply: (params, inputs [B, ...]) -> logits [B, K].
         label_smoothing: see `cross_entropy`.
     """
+    check_between("label_smoothing", label_smoothing, 0, 1)
 
     def loss(key: Key, params: PyTree, state: PyTree, batch: Batch) -> tuple[Array, Metrics]:
         return cross_entropy(apply(params, batch.inputs), batch, label_smoothing=label_smoothing)
@@ -162,6 +159,7 @@ def key_value_bottleneck(
         label_smoothing: see `cross_entropy`; 0.1 is published.
         momentum: mu, from 0 to below 1; the published recipe has none.
     """
+    check_between("label_smoothing", label_smoothing, 0, 1)
     check_between("momentum", momentum, 0, 1 - 1e-6)
     coasting = momentum / (1 - momentum)
 

@@ -79,7 +79,8 @@ def test_the_same_command_gives_the_same_numbers(smoke, tmp_path):
 
 @pytest.mark.skipif("JAXCL_DATA" not in os.environ, reason="JAXCL_DATA is not set")
 def test_dkvb_runs_on_the_mnist_pack(tmp_path):
-    document = dkvb.main(["--data", "mnist", "--preset", "smoke", "--seeds", "1", "--out", str(tmp_path)])
+    dkvb.main(["--data", "mnist", "--preset", "smoke", "--seeds", "1", "--out", str(tmp_path)])
+    document = json.loads((tmp_path / "metrics.json").read_text())
     assert document["experiment"] == "dkvb" and document["config"]["data"] == "mnist"
     assert document["results"]["dkvb"]["acc"]["std"] is None  # one seed has no spread
 
