@@ -40,14 +40,14 @@ def parse_command(
 
 
 class ProgressBar:
-    """One bar for all epochs of all seeds of a method; shows the newest loss and accuracy."""
+    """One bar for all epochs of a method, of `runs` seeds or groups of seeds; shows the newest loss and accuracy."""
 
-    def __init__(self, name: str, seeds: int) -> None:
-        self._name, self._seeds, self._bar = name, seeds, tqdm(desc=name, unit="epoch", dynamic_ncols=True)
+    def __init__(self, name: str, runs: int) -> None:
+        self._runs, self._bar = runs, tqdm(desc=name, unit="epoch", dynamic_ncols=True)
 
     def __call__(self, progress: Progress) -> None:
         """The callback of `jaxcl.continual.run_seeds`."""
-        self._bar.total = self._seeds * progress.stages * progress.epochs
+        self._bar.total = self._runs * progress.stages * progress.epochs
         self._bar.set_postfix({name: f"{value:.3f}" for name, value in progress.metrics.items()}, refresh=False)
         self._bar.update()
 

@@ -684,8 +684,7 @@ def test_bfloat16_directions_are_averaged_in_float32():
 
 
 def test_second_call_compiles_nothing():
-    quantizer = q.ema_vq(6, 3, dead_threshold=1.2)
-    _, state = quantizer.init(jax.random.key(11))
+    quantizer, _, state = make("ema_vq", dead_threshold=0.9)
 
     @jax.jit
     def compiled_step(key, state, x):
@@ -693,7 +692,7 @@ def test_second_call_compiles_nothing():
 
     with count_compilations(["compiled_step"]) as counts:
         for t in range(3):
-            _, state = compiled_step(jax.random.key(t), state, normal(90 + t, 9, 3))
+            _, state = compiled_step(jax.random.key(t), state, normal(90 + t, 9, 4))
     assert counts == {"compiled_step": 1}
 
 
