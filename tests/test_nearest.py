@@ -95,12 +95,11 @@ def test_search_in_blocks_equals_brute_force(vectors, metric, block_size):
 def test_search_outside_jit_equals_brute_force(vectors):
     x, codebook = map(jnp.asarray, vectors)
     np.testing.assert_array_equal(nearest_codes(x, codebook), brute(*vectors))
-    np.testing.assert_array_equal(nearest_k_codes(x, codebook, 4, block_size=4), brute_k(*vectors, 4))
+    np.testing.assert_array_equal(nearest_k_codes(x, codebook, 4), brute_k(*vectors, 4))
 
 
 def test_more_codes_than_a_block_holds(vectors):
     x, codebook = vectors
-    assert_found(find(x, codebook, k=5, block_size=4), brute_k(x, codebook, 5))
     assert_found(find(x, codebook, k=11, block_size=4), brute_k(x, codebook, 11))
 
 
@@ -112,7 +111,6 @@ def test_any_leading_axes(vectors, shape):
 
 def test_a_single_code_is_the_nearest():
     assert_found(find(normal(2, 4, 3), normal(3, 1, 3), k=1, block_size=3), np.zeros((4, 1)))
-    np.testing.assert_array_equal(jax.jit(nearest_codes)(normal(2, 4, 3), normal(3, 1, 3)), [0] * 4)
 
 
 def test_vmap_over_codebooks():
@@ -145,7 +143,6 @@ def test_whole_numbers_equal_brute_force(data):
 @pytest.mark.parametrize(
     ("metric", "dtypes"),
     [
-        ("euclidean", ("bfloat16", "bfloat16")),
         ("euclidean", ("float32", "bfloat16")),
         ("cosine", ("bfloat16", "bfloat16")),
     ],
@@ -158,11 +155,11 @@ def test_half_precision_inputs(metric, dtypes):
 
 
 def test_bfloat16_inputs_are_compared_in_float32():
-    """257 is no bfloat16 number: scores of 128 and 128.5 (by hand) would be alike in that precision."""
+    """257 is no bfloat16 number: products of 256 and 257 would be alike, and the first code the nearest."""
     x = jnp.asarray([[16, 1]], jnp.bfloat16)
     codebook = jnp.asarray([[16, 0], [16, 1]], jnp.bfloat16)
-    halves = jnp.sum(codebook * codebook, axis=-1) / 2
-    assert jnp.argmax((x @ codebook.T).astype(jnp.bfloat16) - halves) == 0
+    products = np.asarray(x @ codebook.T)  # rounded to bfloat16
+    assert products.tolist() == [[256, 256]]
     assert_found(find(x, codebook, k=2, block_size=1), np.asarray([[1, 0]]))
     # The compiler may keep more precision than it is asked for, so look at what it is asked for.
     program = str(jax.make_jaxpr(partial(find, k=2, block_size=1))(x, codebook))
@@ -172,7 +169,7 @@ def test_bfloat16_inputs_are_compared_in_float32():
 # Ties
 
 
-@pytest.mark.parametrize(("block_size", "dtype"), [*((size, "float32") for size in (2, None)), (2, "bfloat16")])
+@pytest.mark.parametrize(("block_size", "dtype"), [(2, "float32"), (None, "bfloat16")])
 def test_ties_go_to_the_lowest_index(block_size, dtype):
     """Duplicates in one block, in different blocks and in a ragged last one; zeros and midpoints among the vectors."""
     codebook = np.asarray([[2, 0], [0, 2], [2, 0], [-2, 0], [0, 2], [0, 2], [2, 0]], np.float32)
@@ -192,32 +189,26 @@ def test_ties_of_both_signs_of_zero():
 
 
 def test_cosine_ignores_lengths_and_ties_go_to_the_lowest_index():
-    """Codes that are powers of two times each other: their directions are bit for bit the same."""
-    codebook = np.asarray([[4, 8], [-2, 2], [1, 2], [-1, 1], [2, 4], [0.5, 1]], np.float32)
-    x = np.asarray([[1, 2], [-3, 3], [8, 16]], np.float32)
-    expected = np.asarray([[0, 2, 4, 5], [1, 3, 0, 2], [0, 2, 4, 5]])
+    """Codes that are powers of two times each other have one direction, bit for bit; the cosine with zero is 0."""
+    codebook = np.asarray([[4, 8], [-2, 2], [1, 2], [-1, 1], [2, 4], [0, 0]], np.float32)
+    x = np.asarray([[1, 2], [-3, 3], [1, -1]], np.float32)
+    expected = np.asarray([[0, 2, 4, 1], [1, 3, 0, 2], [5, 0, 2, 4]])  # by hand; the last: 0, three times -0.32, -1
     assert_found(find(x, codebook, metric="cosine", block_size=4), expected)
 
 
-def test_zero_vectors():
+def test_zero_vectors(vectors):
     """The shortest code is nearest to zero; zero has no direction, its cosine with every code is 0: the first wins."""
-    x, codebook = np.zeros((2, 3), np.float32), normal(6, 64, 3)
+    x, codebook = np.zeros_like(vectors[0]), vectors[1]
     by_length = np.linalg.norm(codebook.astype(np.float64), axis=-1).argsort(kind="stable")
-    assert_found(find(x, codebook, k=3, block_size=8), np.tile(by_length[:3], (2, 1)))
-    found = find(x, codebook, k=3, metric="cosine", block_size=8)
-    assert_found(found, np.asarray([[0, 1, 2], [0, 1, 2]]))
-
-
-def test_a_zero_code_has_cosine_zero():
-    """By hand: cosines 0, 0.447, 0.447 and -1 with the first vector; 0, 0.894, 0.894 and 0 with the second."""
-    x, codebook = np.float32([[1, 0], [0, 1]]), np.float32([[0, 0], [1, 2], [2, 4], [-1, 0]])
-    assert_found(find(x, codebook, metric="cosine", block_size=4), np.asarray([[1, 2, 0, 3], [1, 2, 0, 3]]))
+    for metric, order in (("euclidean", by_length), ("cosine", np.arange(11))):
+        found = find(x, codebook, metric=metric, block_size=4)
+        assert_found(found, np.broadcast_to(order[:4], (2, 3, 2, 4)))
 
 
 # Which codes may be chosen
 
 
-@pytest.mark.parametrize(("metric", "block_size"), [("euclidean", 4), ("euclidean", None), ("cosine", 4)])
+@pytest.mark.parametrize(("metric", "block_size"), [("euclidean", 4), ("euclidean", None)])
 def test_only_eligible_codes_are_chosen(vectors, metric, block_size):
     x, codebook = vectors
     eligible = np.isin(np.arange(11), [1, 5, 6, 10])
