@@ -303,9 +303,9 @@ def _check_options(codebook_size: int, width: int, metric: Metric, gradient: Gra
 
 
 def _quantize(x: Array, codebook: Array, metric: Metric, gradient: Gradient, block_size: int | None) -> Quantized:
+    indices = nearest_codes(x, codebook, metric=metric, block_size=block_size)
     if metric == "cosine":
         x, codebook = normalise(x), normalise(codebook)
-    indices = nearest_codes(x, codebook, block_size=block_size)
     codes = codebook[indices].astype(x.dtype)
     passed = lax.stop_gradient(codes)
     if gradient == "rotation":
