@@ -1,22 +1,57 @@
-"""What every experiment shares: its command line, progress bars, and the files it leaves."""
+"""What every experiment shares: its command line, a course that can be interrupted, and the folder it leaves."""
 
 import argparse
+import csv
 import dataclasses
+import io
+import json
+import logging
+import os
 import platform
+import resource
+import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import jax
 import numpy as np
+import optax
 import tyro
-from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from jaxcl import report
-from jaxcl.continual import Progress, Result, metrics
+from jaxcl import continual, data, report
+from jaxcl.continual import Checkpoint, Progress, Result, Strategy, Stream, metrics, sharding
+from jaxcl.typing import Key, PyTree, bad_argument, check_at_least
 
-Config = TypeVar("Config")
+Config = TypeVar("Config", bound="RunConfig")
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """Settings that every experiment has; the defaults shown are those of the preset."""
+
+    preset: Literal["smoke", "cpu", "paper"] = "cpu"
+    """Starting point of all other settings: smoke takes seconds, cpu minutes on two cores, paper is as published."""
+    out: Path = Path("runs")
+    """Folder for metrics.json, config.json, accuracy.csv, history.csv, report.html and the checkpoints. If it holds an
+    unfinished run of the same settings, the run goes on from there."""
+    seeds: int = 5
+    """How many seeds, from 0 on; each has its own class order, initial parameters and data order."""
+    checkpoint_seconds: float = 60.0
+    """How often to save the state: so much is lost at most if the run is killed."""
+    tensorboard: bool = False
+    """Write event files to the folder tensorboard in --out."""
+    mesh: str | None = None
+    """Devices to use, such as data=4,model=2: batches are split over data, parameters over model. One if not given."""
+    distributed: bool = False
+    """One of several processes: found out by JAX on TPU pods and under SLURM, else from JAX_COORDINATOR_ADDRESS,
+    JAX_NUM_PROCESSES and JAX_PROCESS_ID. All need the same --out; only the first writes results."""
+
+
+# Where a run lies and how it is watched is not what it is.
+_ELSEWHERE = {"out", "checkpoint_seconds", "tensorboard"}
 
 
 def parse_command(
@@ -39,17 +74,182 @@ def parse_command(
     )
 
 
-class ProgressBar:
-    """One bar for all epochs of a method, of `runs` seeds or groups of seeds; shows the newest loss and accuracy."""
+class FeatureStage(NamedTuple):
+    """What a frozen feature stage before training took."""
 
-    def __init__(self, name: str, runs: int) -> None:
-        self._runs, self._bar = runs, tqdm(desc=name, unit="epoch", dynamic_ncols=True)
+    bytes: int  # that it keeps
+    seconds: float
+
+
+class Run:
+    """One run of an experiment in its folder: it trains methods, remembers their results, and writes them in the end.
+
+    Args:
+        config: what to do; kept as config.json.
+        experiment: its name.
+
+    Raises:
+        ValueError: the folder holds a run of another configuration, or no seeds are asked for.
+    """
+
+    def __init__(self, config: RunConfig, experiment: str) -> None:
+        check_at_least("seeds", config.seeds, 1)
+        logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax tells the course of each save, and errors twice
+        if config.distributed:
+            _join_processes()
+        self._config, self._experiment, self._began = config, experiment, time.perf_counter()
+        self._settings = _plain(dataclasses.asdict(config))
+        self._writes = jax.process_index() == 0
+        self._mesh = sharding.make_mesh(_axes(config.mesh)) if config.mesh else None
+        self.results: dict[str, list[Result]] = {}
+        self._costs: dict[str, dict[str, Any]] = {}
+        path = config.out / "config.json"
+        if path.exists():
+            self._check_same(report.read_json(path))
+        elif self._writes:
+            report.write_json(path, self._settings)
+
+    def finished(self) -> dict[str, Any] | None:
+        """What metrics.json holds if the run was finished before; it is told, and not done again."""
+        path = self._config.out / "metrics.json"
+        if not path.exists():
+            return None
+        document = report.read_json(path)
+        self._tell(f"{self._config.out} holds this run, finished; remove it, or choose another --out, to run again.\n")
+        self._tell(report.results_table(document["results"], document["costs"]))
+        return document
+
+    def train(
+        self,
+        name: str,
+        strategy: Strategy,
+        tx: optax.GradientTransformation,
+        params: Sequence[PyTree],
+        streams: Sequence[Stream],
+        keys: Key,
+        *,
+        epochs: int,
+        batch_size: int,
+        steps_per_call: int | None = None,
+        together: bool = False,
+        stages: Sequence[FeatureStage] = (),
+    ) -> list[Result]:
+        """`continual.run_seeds` with checkpoints, a progress bar and TensorBoard; keeps the results under `name`.
+
+        `stages`, one a seed, is what was done to the streams before, and counts towards bytes and seconds.
+        """
+        out = self._config.out
+        with ExitStack() as stack:
+            watchers: list[Callable[[Progress], None]] = []
+
+            def watch(progress: Progress) -> None:
+                for watcher in watchers:
+                    watcher(progress)
+
+            if self._writes:
+                watchers.append(stack.enter_context(ProgressBar(name, self._config.seeds)))
+                if self._config.tensorboard:
+                    watchers.append(stack.enter_context(report.TensorBoard(out / "tensorboard" / name)))
+            results = continual.run_seeds(
+                keys, strategy, tx, params, streams, epochs=epochs, batch_size=batch_size,
+                steps_per_call=steps_per_call, together=together, mesh=self._mesh,
+                checkpoint=Checkpoint(out / "checkpoints" / name, self._config.checkpoint_seconds),
+                callback=watch,
+            )  # fmt: skip
+        for seed, stage in enumerate(stages):
+            result = results[seed]
+            results[seed] = result._replace(bytes=result.bytes + stage.bytes, seconds=result.seconds + stage.seconds)
+        self.results[name] = results
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        self._costs[name] = _over_seeds(
+            seconds=[r.seconds for r in results],
+            examples_per_second=[r.examples / r.seconds for r in results],
+            peak_memory=[peak for _ in results],
+            compilations=[sum(r.compilations.values()) for r in results],
+        )
+        return results
+
+    def finish(self) -> dict[str, Any]:
+        """Writes metrics.json, accuracy.csv, history.csv and report.html; returns what is in metrics.json."""
+        accuracy = {method: np.stack([r.accuracy for r in of_seeds]) for method, of_seeds in self.results.items()}
+        document: dict[str, Any] = {
+            "experiment": self._experiment,
+            "preset": self._config.preset,
+            "config": self._settings,
+            "results": {method: _results(of_seeds) for method, of_seeds in self.results.items()},
+            "costs": self._costs,
+            "environment": {
+                "jax": jax.__version__,
+                "python": platform.python_version(),
+                "devices": [device.device_kind for device in jax.devices()],
+            },
+            "seconds": time.perf_counter() - self._began,
+        }
+        if self._writes:
+            figures = {
+                "Mean accuracy over the tasks seen so far; bands are 95 % intervals over seeds": (
+                    report.accuracy_over_tasks(accuracy)
+                ),
+                "Accuracy on each task after each training task, mean over seeds": report.accuracy_matrices(accuracy),
+            }
+            out = self._config.out
+            report.write_accuracy_csv(out / "accuracy.csv", accuracy, seeds=range(self._config.seeds))
+            report.write_atomic(out / "history.csv", self._history())
+            report.write_atomic(out / "report.html", report.html_report(document, figures))
+            report.write_json(out / "metrics.json", document)  # last: it says that the run is finished
+        self._tell(report.results_table(document["results"], document["costs"]))
+        self._tell(f"\nWrote {self._config.out}/report.html, metrics.json, config.json, accuracy.csv and history.csv.")
+        return document
+
+    def bar(self, name: str, total: int, unit: str) -> "tqdm[Any]":
+        """A progress bar for what is not training; shown by the first process only."""
+        return tqdm(total=total, desc=name, unit=unit, dynamic_ncols=True, disable=not self._writes)
+
+    def _check_same(self, before: Mapping[str, Any]) -> None:
+        names = sorted((set(before) | set(self._settings)) - _ELSEWHERE)
+        other = [name for name in names if before.get(name) != self._settings.get(name)]
+        if other:
+            differences = ", ".join(f"{name} {before.get(name)} (now {self._settings.get(name)})" for name in other)
+            raise bad_argument(
+                "out", f"{self._config.out}, which holds a run with {differences}",
+                "choose another folder, or give that run's settings to go on with it",
+            )  # fmt: skip
+
+    def _history(self) -> str:
+        """What each epoch came to, as CSV: method, seed, stage, epoch, metric, value."""
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(["method", "seed", "stage", "epoch", "metric", "value"])
+        for method, of_seeds in self.results.items():
+            for seed, result in enumerate(of_seeds):
+                for entry in result.history:
+                    values = {name: value for name, value in entry.items() if name not in ("stage", "epoch")}
+                    for name, value in values.items():
+                        writer.writerow([method, seed, entry["stage"], entry["epoch"], name, repr(value)])
+        return text.getvalue()
+
+    def _tell(self, text: str) -> None:
+        if self._writes:
+            print(text)
+
+
+class ProgressBar:
+    """One bar for all epochs of a method on all seeds: time left, the newest metrics, examples a second."""
+
+    def __init__(self, name: str, seeds: int) -> None:
+        self._seeds, self._bar = seeds, tqdm(desc=name, unit="epoch", dynamic_ncols=True)
 
     def __call__(self, progress: Progress) -> None:
         """The callback of `jaxcl.continual.run_seeds`."""
-        self._bar.total = self._runs * progress.stages * progress.epochs
-        self._bar.set_postfix({name: f"{value:.3f}" for name, value in progress.metrics.items()}, refresh=False)
-        self._bar.update()
+        bar = self._bar
+        bar.total = self._seeds * progress.stages * progress.epochs
+        shown = {name: f"{value:.3f}" for name, value in progress.metrics.items()}
+        shown["examples/s"] = f"{progress.examples / progress.seconds:,.0f}"
+        # Epochs that an earlier process trained are not told: they count as done when the next one is.
+        done = progress.seed * progress.stages * progress.epochs
+        done += progress.seeds * (progress.stage * progress.epochs + progress.epoch + 1)
+        bar.set_postfix(shown, refresh=False)
+        bar.update(max(done - bar.n, 0))
 
     def __enter__(self) -> "ProgressBar":
         """Nothing to open: the bar shows at once."""
@@ -60,59 +260,56 @@ class ProgressBar:
         self._bar.close()
 
 
-def summarise_method(results: Sequence[Result]) -> dict[str, Any]:
-    """The entry of one method in metrics.json: each metric over seeds, as {"mean", "std", "ci95", "values"}."""
-    values: dict[str, list[float]] = {
-        "acc": [metrics.average_accuracy(r.accuracy) for r in results],
-        "bwt": [metrics.backward_transfer(r.accuracy) for r in results],
-        "fwt": [metrics.forward_transfer(r.accuracy, r.untrained) for r in results],
-        "forgetting": [metrics.forgetting(r.accuracy) for r in results],
-        "learning_accuracy": [metrics.learning_accuracy(r.accuracy) for r in results],
-        "average_anytime_accuracy": [metrics.average_anytime_accuracy(r.accuracy) for r in results],
-        "seconds": [r.seconds for r in results],
-        "parameters": [r.parameters for r in results],
-        "bytes": [r.bytes for r in results],
-        "compilations": [sum(r.compilations.values()) for r in results],
-    }
+def load_features(name: Literal["digits", "mnist"], *, validation: bool, limit: int | None) -> data.Split:
+    """Raw pixels as features, of the test set or of a fifth of train held out, and of the first `limit` images only."""
+    split = data.load(name)
+    if validation:
+        split = data.Split(*data.hold_out(split.train, share=0.2))
+    split = data.flat_features(split)
+    if limit is None:
+        return split
+    check_at_least("limit", limit, 1)
+    parts = zip(split, (limit, -(-limit // 5)), strict=True)
+    return data.Split(*(jax.tree.map(lambda leaf: leaf[:count], part) for part, count in parts))  # noqa: B023
+
+
+def _results(results: Sequence[Result]) -> dict[str, Any]:
+    """The entry of one method in metrics.json: what a repeated run gives again, bit for bit."""
+    return _over_seeds(
+        acc=[metrics.average_accuracy(r.accuracy) for r in results],
+        bwt=[metrics.backward_transfer(r.accuracy) for r in results],
+        fwt=[metrics.forward_transfer(r.accuracy, r.untrained) for r in results],
+        forgetting=[metrics.forgetting(r.accuracy) for r in results],
+        learning_accuracy=[metrics.learning_accuracy(r.accuracy) for r in results],
+        average_anytime_accuracy=[metrics.average_anytime_accuracy(r.accuracy) for r in results],
+        parameters=[r.parameters for r in results],
+        bytes=[r.bytes for r in results],
+    )
+
+
+def _over_seeds(**values: Sequence[float]) -> dict[str, Any]:
+    """Each metric as {"mean", "std", "ci95", "values"}."""
     return {name: metrics.summarise(of_seeds) for name, of_seeds in values.items()}
 
 
-def write_outputs(
-    out: Path,
-    *,
-    experiment: str,
-    config: Any,
-    results: Mapping[str, Any],
-    accuracy: Mapping[str, np.ndarray],
-    figures: Mapping[str, Figure],
-    seconds: float,
-) -> dict[str, Any]:
-    """Writes metrics.json, config.json, accuracy.csv and report.html to `out`, and returns what is in metrics.json.
+def _join_processes() -> None:
+    """Joins the other processes of the run; what the environment does not say is left to JAX to find out."""
+    count, own = os.environ.get("JAX_NUM_PROCESSES"), os.environ.get("JAX_PROCESS_ID")
+    jax.distributed.initialize(
+        num_processes=int(count) if count else None,
+        process_id=int(own) if own else None,
+        heartbeat_timeout_seconds=30,  # a process that is silent for so long counts as dead, and all others stop
+    )
 
-    Args:
-        out: the folder; made if need be.
-        experiment: its name.
-        config: the configuration, a dataclass with fields `preset` and `seeds`.
-        results: {method: what `summarise_method` gave}.
-        accuracy: {method: [S, I, T]}.
-        figures: {caption: figure} for the page.
-        seconds: wall time of it all.
-    """
-    settings = {name: str(v) if isinstance(v, Path) else v for name, v in dataclasses.asdict(config).items()}
-    document = {
-        "experiment": experiment,
-        "preset": config.preset,
-        "config": settings,
-        "results": results,
-        "environment": {
-            "jax": jax.__version__,
-            "python": platform.python_version(),
-            "devices": [device.device_kind for device in jax.devices()],
-        },
-        "seconds": seconds,
-    }
-    report.write_json(out / "config.json", settings)
-    report.write_json(out / "metrics.json", document)
-    report.write_accuracy_csv(out / "accuracy.csv", accuracy, seeds=range(config.seeds))
-    report.write_atomic(out / "report.html", report.html_report(document, figures))
-    return document
+
+def _axes(mesh: str) -> dict[str, int]:
+    """`data=4,model=2` as a mapping."""
+    try:
+        return {name: int(size) for name, size in (part.split("=") for part in mesh.split(","))}
+    except ValueError as error:
+        raise bad_argument("mesh", mesh, "write it as data=4,model=2") from error
+
+
+def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings as JSON will give them back."""
+    return json.loads(json.dumps(settings, default=str))

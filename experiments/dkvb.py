@@ -12,8 +12,18 @@ from pathlib import Path
 from typing import Any
 
 from experiments import class_incremental
+from experiments.card import Card
 from experiments.class_incremental import Config
 from experiments.common import parse_command
+
+CARDS = {
+    "--preset smoke": Card("15 s", "that it runs: accuracies after two epochs say nothing"),
+    "--preset cpu": Card("19 s", "digits, as experiments.quickstart"),
+    "--preset cpu --data mnist": Card(
+        "under 5 min", "ACC %: DKVB 96.4 ± 0.1, naive 19.8 ± 0.2, linear probe 22.0 ± 3.4, joint training 97.9 ± 0.1"
+    ),
+    "--preset paper --data mnist": Card("hours, not measured", "published for CIFAR-10 with a frozen encoder only"),
+}
 
 
 def preset(name: str, data: str) -> Config:

@@ -10,8 +10,17 @@ from pathlib import Path
 from typing import Any
 
 from experiments import class_incremental, dkvb
+from experiments.card import Card
 from experiments.class_incremental import Config
 from experiments.common import parse_command
+
+CARDS = {
+    "--preset smoke": Card("15 s", "that it runs: accuracies after two epochs say nothing"),
+    "--preset cpu": Card(
+        "19 s", "ACC %: DKVB 96.9 ± 0.6, naive 19.9 ± 0.3, linear probe 21.2 ± 3.4, joint training 97.2 ± 0.4"
+    ),
+    "--preset paper": Card("not measured", "nothing is published for digits"),
+}
 
 
 def preset(name: str, data: str) -> Config:

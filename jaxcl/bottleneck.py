@@ -269,12 +269,7 @@ def sparse_sgd(learning_rate: float, *, max_norm: float | None = None) -> optax.
         if max_norm is not None:
             leaves = jax.tree.leaves(updates, is_leaf=is_rows)
             bound = sum((_norm_bound(leaf) for leaf in leaves), jnp.float32(0))
-            factor *= lax.cond(
-                bound + 1e-6 <= max_norm,
-                lambda leaves: jnp.float32(1),
-                lambda leaves: jnp.minimum(1.0, max_norm / (jnp.sqrt(sum(map(_squared_norm, leaves))) + 1e-6)),
-                leaves,
-            )
+            factor *= _clip_factor(bound, leaves, jnp.float32(max_norm))
 
         def scale(update: Array | Rows) -> Array | Rows:
             return update._replace(values=update.values * factor) if isinstance(update, Rows) else update * factor
@@ -282,6 +277,31 @@ def sparse_sgd(learning_rate: float, *, max_norm: float | None = None) -> optax.
         return jax.tree.map(scale, updates, is_leaf=is_rows), state
 
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
+@jax.custom_batching.custom_vmap
+def _clip_factor(bound: Array, gradients: list[Array | Rows], max_norm: Array) -> Array:
+    """min(1, max_norm / norm), where `bound`, an upper bound of the norm, may save working it out."""
+    return lax.cond(bound + 1e-6 <= max_norm, lambda *_: jnp.float32(1), _exact_clip_factor, gradients, max_norm)
+
+
+@_clip_factor.def_vmap
+def _clip_factors(
+    size: int, batched: PyTree, bounds: Array, gradients: list[Array | Rows], max_norms: Array
+) -> tuple[Array, bool]:
+    """Under `vmap` a condition would take both branches; here the norms are worked out only if one is needed."""
+    bounds, gradients, max_norms = jax.tree.map(
+        lambda leaf, is_batched: leaf if is_batched else jnp.broadcast_to(leaf, (size, *jnp.shape(leaf))),
+        (bounds, gradients, max_norms),
+        tuple(batched),
+    )
+    enough = jnp.all(bounds + 1e-6 <= max_norms)
+    factors = lax.cond(enough, lambda *_: jnp.ones(size), jax.vmap(_exact_clip_factor), gradients, max_norms)
+    return factors, True
+
+
+def _exact_clip_factor(gradients: list[Array | Rows], max_norm: Array) -> Array:
+    return jnp.minimum(1.0, max_norm / (jnp.sqrt(sum(map(_squared_norm, gradients))) + 1e-6))
 
 
 def _norm_bound(gradient: Array | Rows) -> Array:

@@ -17,7 +17,7 @@ Axis letters, in docstrings and in the comment beside every field of a state:
 """
 
 from collections.abc import Collection
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -29,14 +29,32 @@ Key = jax.Array  # a `jax.random.key`: a function that takes one consumes it
 PyTree = Any  # tuples, lists, dicts and registered dataclasses with arrays at the leaves
 
 
+class RandomAccess(Protocol):
+    """Examples that stay where they are, in a file say, until rows of them are asked for, as those of a memmap do."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(N, ...), as of an array."""
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """That of what is read."""
+
+    def __len__(self) -> int:
+        """N."""
+
+    def __getitem__(self, rows: np.ndarray, /) -> np.ndarray:
+        """Examples [M, ...] of the rows [M], which are integers in [0, N), in their order; threads may ask at once."""
+
+
 def bad_argument(argument: str, value: object, fix: str) -> ValueError:
     """The one form of jaxcl's errors: which argument, the value it had, what would be right."""
     return ValueError(f"{argument}: got {value}; {fix}")
 
 
-def check_rank(argument: str, array: ArrayLike, *ranks: int) -> None:
+def check_rank(argument: str, array: ArrayLike | RandomAccess, *ranks: int) -> None:
     """Raises ValueError unless `array` has one of the `ranks` (its number of axes)."""
-    if array.ndim not in ranks:
+    if len(array.shape) not in ranks:
         wanted = " or ".join(str(rank) for rank in ranks)
         raise bad_argument(argument, f"shape {tuple(array.shape)}", f"pass an array with {wanted} axes")
 

@@ -1,10 +1,12 @@
-"""Data sources: splits, features, and what bad packs give."""
+"""Data sources: splits, features, statistics, and what bad packs give."""
 
 import io
 import os
 import zipfile
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -16,6 +18,21 @@ PACKS = Path(os.environ.get("JAXCL_DATA", "missing"))
 
 def needs(name):
     return pytest.mark.skipif(not (PACKS / name).is_file(), reason=f"JAXCL_DATA has no {name}")
+
+
+class Counted:
+    """Rows of an array in memory, given out as lazily as from a file; counts them."""
+
+    def __init__(self, array):
+        self.array, self.shape, self.dtype, self.read = array, array.shape, array.dtype, 0
+
+    def __len__(self):
+        return len(self.array)
+
+    def __getitem__(self, rows):
+        assert isinstance(rows, np.ndarray) and np.issubdtype(rows.dtype, np.integer)
+        self.read += len(rows)
+        return self.array[rows]
 
 
 def test_digits_are_split_evenly_within_each_class():
@@ -54,6 +71,98 @@ def test_flat_features_are_scaled_by_the_training_maximum():
     flat = data.flat_features(data.Split(train, test))
     np.testing.assert_array_equal(flat.train.inputs, np.array([[0, 0.5, 1, 0.25]], np.float32))
     np.testing.assert_array_equal(flat.test.inputs, np.array([[2, 0, 0, 0]], np.float32))
+
+
+def test_what_is_taken_of_lazy_inputs_stays_lazy():
+    source = Counted(np.arange(40, dtype=np.uint8).reshape(10, 2, 2))
+    examples = Examples(source, np.array([0, 1] * 5))
+    rest, held = data.hold_out(examples, share=0.4)
+    in_memory = data.hold_out(examples._replace(inputs=source.array), share=0.4)
+    assert source.read == 0
+    for lazy, plain in zip((rest, held), in_memory, strict=True):
+        assert lazy.inputs.shape == plain.inputs.shape and len(lazy.inputs) == len(plain.labels)
+        assert lazy.inputs.dtype == np.uint8
+        rows = np.array([2, 0, 2])
+        np.testing.assert_array_equal(lazy.inputs[rows], plain.inputs[rows])
+        np.testing.assert_array_equal(lazy.labels, plain.labels)
+
+
+def test_what_is_taken_of_a_memory_map_stays_on_disk(tmp_path):
+    images = np.memmap(tmp_path / "images", np.uint8, "w+", shape=(4, 2, 2))
+    images[:] = np.arange(16).reshape(4, 2, 2)
+    rest, held = data.hold_out(Examples(images, np.zeros(4, int)), share=0.25)
+    assert not isinstance(rest.inputs, np.ndarray) and not isinstance(held.inputs, np.ndarray)
+    np.testing.assert_array_equal(rest.inputs[np.arange(3)], images[:3])
+
+
+def test_flat_features_read_lazy_inputs_once():
+    images = np.arange(24, dtype=np.uint8).reshape(6, 2, 2)
+    train, test = Counted(images), Counted(images[:3])
+    flat = data.flat_features(data.Split(Examples(train, np.zeros(6, int)), Examples(test, np.zeros(3, int))))
+    np.testing.assert_array_equal(flat.train.inputs, images.reshape(6, 4).astype(np.float32) / np.float32(23))
+    np.testing.assert_array_equal(flat.test.inputs, flat.train.inputs[:3])
+    assert (train.read, test.read) == (6, 3)
+
+
+@pytest.mark.parametrize("shape", [(150, 4, 5, 3), (150, 4, 5), (1, 2, 2, 2)], ids=str)
+@pytest.mark.parametrize("dtype", [np.uint8, np.float32])
+def test_statistics_are_those_of_all_pixels(shape, dtype):
+    inputs = np.random.default_rng(0).integers(0, 256, shape).astype(dtype)
+    source = Counted(inputs)
+    statistics = data.channel_statistics(Examples(source, np.zeros(len(inputs), int)))
+    channels = inputs.reshape(-1, shape[3] if len(shape) == 4 else 1).astype(np.float64)
+    np.testing.assert_allclose(statistics.mean, channels.mean(0), rtol=1e-6)
+    np.testing.assert_allclose(statistics.std, channels.std(0), rtol=1e-6)
+    assert statistics.mean.dtype == statistics.std.dtype == np.float32
+    assert source.read == len(inputs)
+
+
+def test_statistics_survive_a_mean_far_above_the_deviation():
+    inputs = 1e6 + np.random.default_rng(0).normal(size=(200, 3, 3, 1))  # the sum of squares would lose the deviation
+    statistics = data.channel_statistics(Examples(inputs, np.zeros(200, int)))
+    np.testing.assert_allclose(statistics.std, inputs.std(), rtol=1e-6)
+
+
+@pytest.mark.parametrize(("limit", "rows"), [(1, [0]), (3, [0, 4, 9]), (10, range(10)), (99, range(10))])
+def test_limited_statistics_look_evenly_over_the_set(limit, rows):
+    inputs = np.random.default_rng(0).integers(0, 256, (10, 2, 2, 3), np.uint8)
+    source = Counted(inputs)
+    statistics = data.channel_statistics(Examples(source, np.zeros(10, int)), limit=limit)
+    np.testing.assert_allclose(statistics.mean, inputs[list(rows)].mean((0, 1, 2)), rtol=1e-6)
+    assert source.read == len(rows)
+
+
+@pytest.mark.parametrize("value", [0.0, 0.1, 255.0])
+def test_a_constant_channel_is_normalised_to_zero(value):
+    inputs = np.random.default_rng(0).normal(size=(70, 3, 3, 2)).astype(np.float32)
+    inputs[..., 1] = value
+    statistics = data.channel_statistics(Examples(inputs, np.zeros(70, int)))
+    assert statistics.std[1] == 1
+    images = np.asarray(data.normalise(statistics, inputs))
+    np.testing.assert_allclose(images[..., 1], 0, atol=1e-6)
+    np.testing.assert_allclose([images[..., 0].mean(), images[..., 0].std()], [0, 1], atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.float32, jnp.bfloat16])
+def test_normalise_gives_float32_under_jit(dtype):
+    statistics = data.Statistics(np.array([1, 2, 3], np.float32), np.array([2, 4, 8], np.float32))
+    images = np.arange(24).reshape(2, 2, 2, 3).astype(dtype)
+    normal = jax.jit(data.normalise)(statistics, images)
+    assert normal.dtype == jnp.float32
+    expected = (images.astype(np.float32) - statistics.mean) / statistics.std
+    np.testing.assert_allclose(normal, expected, rtol=1e-6)
+
+
+def test_normalise_takes_images_without_a_channel_axis():
+    statistics = data.Statistics(np.array([3], np.float32), np.array([2], np.float32))
+    np.testing.assert_array_equal(data.normalise(statistics, np.full((2, 4, 5), 7, np.uint8)), np.full((2, 4, 5), 2))
+
+
+@pytest.mark.parametrize(("shape", "limit"), [((5, 4), None), ((0, 4, 4, 3), None), ((5, 4, 4), 0)])
+def test_statistics_refuse(shape, limit):
+    wrong = r"limit: got 0; pass 1 or more" if limit == 0 else r"train.inputs: got shape .*; pass one image or more"
+    with pytest.raises(ValueError, match=wrong):
+        data.channel_statistics(Examples(np.zeros(shape), np.zeros(shape[0], int)), limit=limit)
 
 
 def test_load_names_what_there_is():

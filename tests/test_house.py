@@ -9,7 +9,18 @@ from pathlib import Path
 import pytest
 
 from jaxcl import bottleneck, quantize
-from jaxcl.continual import key_value_bottleneck, linear_probe, naive
+from jaxcl.continual import (
+    a_gem,
+    der_plus_plus,
+    er,
+    ewc,
+    key_value_bottleneck,
+    linear_probe,
+    lwf,
+    naive,
+    online_ewc,
+    si,
+)
 
 ROOT = Path(__file__).parent.parent
 # From the ground to the roof: a floor imports only from those before it.
@@ -427,12 +438,13 @@ BOTTLENECK = {
     "count_usage": "state, indices",
 }
 STRATEGY = {
-    "init": "key, params",
+    "init": "key, params, batch",
     "begin_task": "key, params, state, task",
     "gradients": "key, params, state, batch",
     "after_update": "key, params, state, batch, grads, updates",
-    "refresh": "key, params, state, batches",
-    "end_task": "key, params, state, batches",
+    "refresh": "key, params, state, batch",
+    "observe": "key, params, state, batch",
+    "end_task": "key, params, state",
     "predict": "params, state, inputs, task",
 }
 
@@ -453,12 +465,24 @@ def small_bottleneck(**options):
     return bottleneck.discrete_key_value_bottleneck(4, 3, codebooks=2, pairs=5, key_width=2, **options)
 
 
+def network(params, inputs):
+    return inputs
+
+
+MEMORY = {"memory_size": 5, "memory_batch_size": 2}
 FACTORIES = {
     "vq": (lambda: quantize.vq(5, 3), QUANTIZER),
     "ema_vq": (lambda: quantize.ema_vq(5, 3), QUANTIZER),
     "bottleneck, random projection": (small_bottleneck, BOTTLENECK),
     "bottleneck, chunks": (lambda: small_bottleneck(projection="chunk", top_k=2), BOTTLENECK),
-    "naive": (lambda: naive(lambda params, inputs: inputs), STRATEGY),
+    "naive": (lambda: naive(network), STRATEGY),
+    "ewc": (lambda: ewc(network, strength=1.0), STRATEGY),
+    "online_ewc": (lambda: online_ewc(network, strength=1.0), STRATEGY),
+    "si": (lambda: si(network, strength=1.0), STRATEGY),
+    "lwf": (lambda: lwf(network, strength=1.0), STRATEGY),
+    "er": (lambda: er(network, **MEMORY), STRATEGY),
+    "der_plus_plus": (lambda: der_plus_plus(network, **MEMORY, logits_strength=1.0, labels_strength=1.0), STRATEGY),
+    "a_gem": (lambda: a_gem(network, **MEMORY), STRATEGY),
     "linear_probe": (linear_probe, STRATEGY),
     "key_value_bottleneck": (lambda: key_value_bottleneck(small_bottleneck()), STRATEGY),
     "key_value_bottleneck, momentum": (lambda: key_value_bottleneck(small_bottleneck(), momentum=0.9), STRATEGY),
@@ -472,7 +496,7 @@ def test_a_factory_keeps_its_contract(name):
 
 
 def test_a_strategy_has_one_member_that_is_no_function():
-    assert set(naive(lambda params, inputs: inputs)._fields) - set(STRATEGY) == {"refresh_every"}
+    assert set(naive(network)._fields) - set(STRATEGY) == {"refresh_every"}
 
 
 @pytest.mark.parametrize(

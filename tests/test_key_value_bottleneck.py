@@ -219,7 +219,7 @@ def many_steps(strategy, tx, params, batches):
         *carry, grads, metrics = one_step(strategy, tx, *carry, batch)
         return tuple(carry), (metrics["loss"], size_of(grads["values"]))
 
-    carry = params, tx.init(params), strategy.init(KEY, params)
+    carry = params, tx.init(params), strategy.init(KEY, params, jax.tree.map(lambda leaf: leaf[0], batches))
     (params, _, state), (losses, sizes) = jax.lax.scan(step, carry, batches)
     return params, state, losses, sizes
 

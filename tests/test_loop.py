@@ -7,11 +7,12 @@ import optax
 import pytest
 from scipy.special import log_softmax
 
-from jaxcl.continual import Examples, Strategy, linear_probe, run, run_seeds, streams
+from jaxcl.continual import Examples, Strategy, linear_probe, loop, run, run_seeds, streams
 
 pytestmark = pytest.mark.core
 
 ONCE = {"start": 1, "train": 1, "evaluate": 1}
+KEY = jax.random.key(9)
 
 
 def uneven_examples(sizes, width=4, seed=0):
@@ -182,7 +183,9 @@ def test_a_strategy_may_keep_the_parameters_in_its_state():
 
     Its bytes count: 120 of parameters, as many of the anchor, and 10 of int8.
     """
-    strategy = linear_probe()._replace(init=lambda key, params: {"anchor": params, "bits": jnp.zeros(10, jnp.int8)})
+    strategy = linear_probe()._replace(
+        init=lambda key, params, batch: {"anchor": params, "bits": jnp.zeros(10, jnp.int8)}
+    )
     result = run(jax.random.key(0), strategy, optax.sgd(0.1), probe(), make_stream(), epochs=1, batch_size=8)
     assert (result.parameters, result.bytes) == (30, 120 + 120 + 10)
     np.testing.assert_array_equal(result.strategy_state["anchor"]["kernel"], probe()["kernel"])
@@ -224,13 +227,20 @@ def test_seeds_in_turn_equal_a_seed_alone(in_turn):
     assert all(result.compilations == ONCE for result in in_turn)
 
 
-@pytest.mark.parametrize(("shared", "steps_per_call"), [(True, 1), (True, 3), (False, 64)])
-def test_seeds_together_equal_seeds_in_turn(in_turn, shared, steps_per_call):
-    """Adam would move on a zero gradient: a seed that has run out of batches must not take a step at all."""
+@pytest.mark.parametrize(
+    ("shared", "steps_per_call", "cores"), [(True, 1, 1), (True, 3, 2), (False, 64, 3), (False, 1, 8)]
+)
+def test_seeds_together_equal_seeds_in_turn(in_turn, shared, steps_per_call, cores, monkeypatch):
+    """Adam would move on a zero gradient: a seed that has run out of batches must not take a step at all.
+
+    Three seeds on one core are one group, on two a pair and a seed with a copy of itself, on more one each.
+    """
+    monkeypatch.setattr(loop, "_cores", lambda: cores)
     together = adam_on(*seeds_and_streams(shared), together=True, steps_per_call=steps_per_call)
     for ours, theirs in zip(together, in_turn, strict=True):
         assert_results_close(ours, theirs)
         assert (ours.parameters, ours.bytes) == (theirs.parameters, theirs.bytes) == (30, 120)
+        assert ours.examples == theirs.examples == 2 * len(TRAIN.labels)
         assert ours.compilations == ONCE
 
 
@@ -262,7 +272,7 @@ def test_many_tasks_compile_each_program_once(tasks, steps_per_call, seeds, toge
 
 # A strategy that writes down what it is called with
 
-BEGIN, UPDATE, REFRESH, END = 1, 2, 3, 4
+BEGIN, UPDATE, REFRESH, OBSERVE, END = 1, 2, 3, 4, 5
 
 
 def note(state, *entry):
@@ -270,11 +280,10 @@ def note(state, *entry):
     return log.at[position].set(jnp.stack([jnp.asarray(value, jnp.float32) for value in entry])), position + 1
 
 
-def note_batches(code, state, params, batches):
-    """Code, task, w, examples, ids seen, batches in the epoch's order; ids are powers of two, so sums name them."""
-    task = batches.task[0]
-    ids = (batches.weights * batches.inputs[..., 0]).sum()
-    return note(state, code, task, params["w"], batches.weights.sum(), ids, batches.weights.shape[0])
+def note_batch(code, state, params, batch, *rest):
+    """Code, task, w, examples, ids seen, something else; ids are powers of two, so sums name them."""
+    ids = (batch.weights * batch.inputs[:, 0]).sum()
+    return note(state, code, batch.task, params["w"], batch.weights.sum(), ids, *rest)
 
 
 def recorder(refresh_every):
@@ -283,28 +292,31 @@ def recorder(refresh_every):
     def add(params, amount):
         return {"w": params["w"] + amount}
 
+    def init(key, params, batch):
+        assert (batch.inputs.shape, batch.inputs.dtype) == ((2, 1), jnp.float32)
+        assert (batch.labels.shape, batch.weights.shape, batch.task.shape) == ((2,), (2,), ())
+        assert (batch.eligible.shape, batch.eligible.dtype) == ((2, 2), bool)
+        return note((jnp.zeros((64, 6)), jnp.int32(0)), 0, 0, params["w"], 0, 0, 0)
+
     def gradients(key, params, state, batch):
         return {"w": batch.weights.sum()}, {"ids": (batch.weights * batch.inputs[:, 0]).sum() / batch.weights.sum()}
 
     def after_update(key, params, state, batch, grads, updates):
-        ids = (batch.weights * batch.inputs[:, 0]).sum()
-        state = note(state, UPDATE, batch.task, params["w"], grads["w"], ids, updates["w"])
-        return {"w": 2 * updates["w"]}, state
+        return {"w": 2 * updates["w"]}, note_batch(UPDATE, state, params, batch, updates["w"])
 
     return Strategy(
         gradients=gradients,
         predict=lambda params, state, inputs, task: jnp.zeros((len(inputs), 2)),
-        init=lambda key, params: (jnp.zeros((64, 6)), jnp.int32(0)),
+        init=init,
         begin_task=lambda key, params, state, task: (
             add(params, 1_000), note(state, BEGIN, task, params["w"], 0, 0, 0)
         ),
         after_update=after_update,
-        refresh=lambda key, params, state, batches: (
-            add(params, 10_000), note_batches(REFRESH, state, params, batches)
+        refresh=lambda key, params, state, batch: (
+            add(params, 10_000), note_batch(REFRESH, state, params, batch, len(batch.labels))
         ),
-        end_task=lambda key, params, state, batches: (
-            add(params, 100_000), note_batches(END, state, params, batches)
-        ),
+        observe=lambda key, params, state, batch: note_batch(OBSERVE, state, params, batch, len(batch.labels)),
+        end_task=lambda key, params, state: (add(params, 100_000), note(state, END, 0, params["w"], 0, 0, 0)),
         refresh_every=refresh_every,
     )  # fmt: skip
 
@@ -318,22 +330,26 @@ def eight_ids(first_class):
 def expected_log(key, stream, *, epochs, batch_size, refresh_every):
     """The documented order of events, in plain Python."""
     bits = [int(word) for word in np.ravel(jax.random.key_data(key))]
-    batches = max(-(-len(part.rows) // batch_size) for part in stream.train_sets)
-    w, log = 0.0, []
+    w, log = 0.0, [[0] * 6]
+
+    def batches(task, part, epoch):
+        rows = part.rows[np.random.default_rng([*bits, task, epoch]).permutation(len(part.rows))]
+        for start in range(0, len(rows), batch_size):
+            batch = rows[start : start + batch_size]
+            yield len(batch), sum(2.0**row for row in batch)
+
     for task, part in enumerate(stream.train_sets):
-        everything = [len(part.rows), sum(2.0**row for row in part.rows), batches]
         log.append([BEGIN, task, w, 0, 0, 0])
         w, taken = w + 1_000, 0
         for epoch in range(epochs):
-            rows = part.rows[np.random.default_rng([*bits, task, epoch]).permutation(len(part.rows))]
-            for start in range(0, len(rows), batch_size):
-                batch = rows[start : start + batch_size]
-                log.append([UPDATE, task, w, len(batch), sum(2.0**row for row in batch), -len(batch)])
-                w, taken = w - 2 * len(batch), taken + 1
+            for count, ids in batches(task, part, epoch):
+                log.append([UPDATE, task, w, count, ids, -count])
+                w, taken = w - 2 * count, taken + 1
                 if refresh_every and taken % refresh_every == 0:
-                    log.append([REFRESH, task, w, *everything])
+                    log.append([REFRESH, task, w, count, ids, batch_size])
                     w += 10_000
-        log.append([END, task, w, *everything])
+        log += [[OBSERVE, task, w, count, ids, batch_size] for count, ids in batches(task, part, epochs)]
+        log.append([END, 0, w, 0, 0, 0])
         w += 100_000
     return w, log
 
@@ -353,22 +369,26 @@ def test_every_member_is_called_at_its_step_with_its_arguments(refresh_every, st
     assert float(result.params["w"]) == w
     refreshed = any(code == REFRESH for code, *_ in log)
     optional = {"refresh": 1} if refreshed else {}
-    assert result.compilations == ONCE | {"begin_task": 1, "end_task": 1} | optional
+    assert result.compilations == ONCE | {"begin_task": 1, "observe": 1, "end_task": 1} | optional
+    assert result.examples == 2 * 8
 
 
-def test_seeds_together_call_every_member_for_each_seed():
+@pytest.mark.parametrize(("cores", "steps_per_call"), [(1, 1), (1, 64), (2, 3)])
+def test_seeds_together_call_every_member_for_each_seed(cores, steps_per_call, monkeypatch):
     """5 and 3 examples for one seed, 2 and 6 for the other: each log is the one of the seed alone, without the other's
-    steps; only the number of batches, the last column of what `end_task` sees, is that of the longest stage."""
+    steps and without batches to observe that are only the other's."""
+    monkeypatch.setattr(loop, "_cores", lambda: cores)
     keys, several = jax.random.split(jax.random.key(1), 2), [eight_ids(5), eight_ids(2)]
     results = run_seeds(
         keys, recorder(0), optax.sgd(1.0), [{"w": jnp.float32(0)}] * 2, several,
-        epochs=2, batch_size=2, together=True,
+        epochs=2, batch_size=2, together=True, steps_per_call=steps_per_call,
     )  # fmt: skip
     for key, stream, result in zip(keys, several, results, strict=True):
         w, log = expected_log(key, stream, epochs=2, batch_size=2, refresh_every=0)
         entries, count = result.strategy_state
         np.testing.assert_array_equal(entries[: int(count)], log)
         assert float(result.params["w"]) == w
+        assert result.compilations == ONCE | {"begin_task": 1, "observe": 1, "end_task": 1}
 
 
 def test_every_call_draws_from_a_key_of_its_own():
@@ -384,21 +404,22 @@ def test_every_call_draws_from_a_key_of_its_own():
     strategy = Strategy(
         gradients=lambda key, params, state, batch: ({"w": jnp.float32(0)}, {"draw": draw(key)}),
         predict=lambda params, state, inputs, task: jnp.zeros((len(inputs), 2)),
-        init=lambda key, params: (jnp.zeros(64).at[0].set(draw(key)), jnp.int32(1)),
+        init=lambda key, params, batch: (jnp.zeros(64).at[0].set(draw(key)), jnp.int32(1)),
         begin_task=kept,
         after_update=lambda key, params, state, batch, grads, updates: kept(key, updates, state),
         refresh=kept,
+        observe=lambda key, params, state, batch: kept(key, params, state)[1],
         end_task=kept,
         refresh_every=2,
     )
     result = run(
-        jax.random.key(0), strategy, optax.sgd(0.1), {"w": jnp.float32(0)}, eight_ids(5), epochs=4, batch_size=8
+        jax.random.key(0), strategy, optax.sgd(0.1), {"w": jnp.float32(0)}, eight_ids(5), epochs=4, batch_size=4
     )
     draws, count = result.strategy_state
-    # init, and for each of two tasks: begin, four updates, two refreshes, end
-    assert int(count) == 1 + 2 * (1 + 4 + 2 + 1)
+    # init, and for each of two tasks, of two batches and of one: begin, updates, refreshes, observations, end
+    assert int(count) == 1 + (1 + 8 + 4 + 2 + 1) + (1 + 4 + 2 + 1 + 1)
     every = [*np.asarray(draws[: int(count)]).tolist(), *(entry["draw"] for entry in result.history)]
-    assert len(set(every)) == len(every) == 17 + 8
+    assert len(set(every)) == len(every) == 26 + 8
 
 
 # What is measured
@@ -426,7 +447,7 @@ def test_accuracy_matrix_counts_right_answers_after_each_stage():
 
     strategy = stub(
         predict,
-        init=lambda key, params: jnp.float32(-1),
+        init=lambda key, params, batch: jnp.float32(-1),
         begin_task=lambda key, params, state, task: (params, task.astype(jnp.float32)),
     )
     result = run(
@@ -483,37 +504,62 @@ def test_history_holds_means_over_examples(together):
 
 def test_callback_is_told_each_epoch_of_each_seed_in_order():
     keys, params, several = seeds_and_streams(True)
-    told = []
+    told, kernels = [], []
+
+    def callback(progress):
+        told.append(progress)
+        kernels.append(np.array(progress.params["kernel"]))
+
     results = run_seeds(
         keys[:2], linear_probe(), optax.sgd(0.1), params[:2], several[:2],
-        epochs=2, batch_size=4, callback=told.append,
+        epochs=2, batch_size=4, callback=callback,
     )  # fmt: skip
-    assert [progress[:5] for progress in told] == [
-        (seed, stage, 3, epoch, 2) for seed in range(2) for stage in range(3) for epoch in range(2)
+    assert [progress[:6] for progress in told] == [
+        (seed, 1, stage, 3, epoch, 2) for seed in range(2) for stage in range(3) for epoch in range(2)
     ]
     history = [entry for result in results for entry in result.history]
     assert [{"stage": p.stage, "epoch": p.epoch, **p.metrics} for p in told] == history
+    assert [p.examples for p in told] == [len(several[p.seed].train_sets[p.stage].rows) for p in told]
+    assert all(p.seconds > 0 for p in told)
+    for progress in told:
+        if progress.epoch == 0:
+            assert progress.accuracy is None
+        else:
+            np.testing.assert_array_equal(progress.accuracy, results[progress.seed].accuracy[progress.stage])
+    assert len({kernel.tobytes() for kernel in kernels}) == len(kernels)
+    for seed in range(2):
+        np.testing.assert_array_equal(kernels[6 * seed + 5], results[seed].params["kernel"])
 
 
-def test_callback_is_told_the_mean_over_seeds_trained_together():
+@pytest.mark.parametrize(("cores", "groups"), [(1, [(0, 3)]), (2, [(0, 2), (2, 1)]), (8, [(0, 1), (1, 1), (2, 1)])])
+def test_callback_is_told_the_mean_over_seeds_trained_together(cores, groups, monkeypatch):
+    """Each group in its order; the copies that fill the last group up are not told of and do not count."""
+    monkeypatch.setattr(loop, "_cores", lambda: cores)
     keys, params, several = seeds_and_streams(True)
-    told = []
+    told, inside = [], []
+
+    def callback(progress):
+        inside.append(1)
+        assert len(inside) == 1  # one thread at a time
+        told.append(progress)
+        inside.pop()
+
     results = run_seeds(
-        keys,
-        linear_probe(),
-        optax.sgd(0.1),
-        params,
-        several,
-        epochs=1,
-        batch_size=4,
-        together=True,
-        callback=told.append,
-    )
-    assert [progress[:5] for progress in told] == [(0, stage, 3, 0, 1) for stage in range(3)]
-    for stage, progress in enumerate(told):
-        for name in ("loss", "accuracy"):
-            mean = np.mean([result.history[stage][name] for result in results])
-            assert progress.metrics[name] == pytest.approx(mean, rel=1e-6)
+        keys, linear_probe(), optax.sgd(0.1), params, several,
+        epochs=1, batch_size=4, together=True, callback=callback,
+    )  # fmt: skip
+    assert len(told) == 3 * len(groups)
+    for first, count in groups:
+        mine = [progress for progress in told if progress.seed == first]
+        assert [progress[:6] for progress in mine] == [(first, count, stage, 3, 0, 1) for stage in range(3)]
+        own = range(first, first + count)
+        for stage, progress in enumerate(mine):
+            for name in ("loss", "accuracy"):
+                mean = np.mean([results[seed].history[stage][name] for seed in own])
+                assert progress.metrics[name] == pytest.approx(mean, rel=1e-6)
+            assert progress.examples == sum(len(several[seed].train_sets[stage].rows) for seed in own)
+            expected = np.mean([results[seed].accuracy[stage] for seed in own], axis=0)
+            np.testing.assert_allclose(progress.accuracy, expected, rtol=1e-12)
 
 
 # Bad arguments
@@ -582,16 +628,64 @@ def test_streams_that_are_not_alike_are_refused():
 
 
 def test_a_strategy_that_refreshes_is_trained_in_turn():
-    strategy = linear_probe()._replace(refresh=lambda key, params, state, batches: (params, state), refresh_every=2)
+    strategy = linear_probe()._replace(refresh=lambda key, params, state, batch: (params, state), refresh_every=2)
     with pytest.raises(ValueError, match=r"together: got True; train in turn"):
         call(strategy=strategy, together=True)
 
 
 def test_weakly_typed_leaves_do_not_compile_a_second_time():
     strategy = linear_probe()._replace(
-        init=lambda key, params: 0.0, begin_task=lambda key, params, state, task: (params, state + jnp.float32(1))
+        init=lambda key, params, batch: 0.0,
+        begin_task=lambda key, params, state, task: (params, state + jnp.float32(1)),
     )
     params = probe() | {"scale": jnp.asarray(1.0)}  # weakly typed, as the state 0.0 is
     (result,) = call(strategy=strategy, params=[params])
     assert result.compilations == {"start": 1, "begin_task": 1, "train": 1, "evaluate": 1}
     assert float(result.strategy_state) == 3.0  # one a task
+
+
+# What is done to batches
+
+
+def test_prepare_is_applied_before_the_view_in_training_and_testing():
+    stream = streams.permuted(jax.random.key(0), TRAIN, TEST, tasks=3)
+    scale = jnp.asarray([1.0, -2.0, 0.5, 3.0])
+    scaled = [Examples(part.inputs * np.asarray(scale), part.labels) for part in (TRAIN, TEST)]
+    expected, found = (
+        run(KEY, linear_probe(), optax.sgd(0.1), probe(), each, epochs=2, batch_size=4)
+        for each in (
+            streams.permuted(jax.random.key(0), *scaled, tasks=3),
+            stream._replace(prepare=lambda inputs: inputs * scale),
+        )
+    )
+    assert_results_close(found, expected)
+
+
+def test_augment_is_applied_in_training_only():
+    """Inputs of zeros leave the kernel as it was; tests still see the true ones."""
+    stream = make_stream()._replace(augment=lambda key, inputs: 0 * inputs)
+    params = probe()
+    result = run(KEY, linear_probe(), optax.sgd(0.1), params, stream, epochs=2, batch_size=4)
+    np.testing.assert_array_equal(result.params["kernel"], params["kernel"])
+    last = stream.test_sets[-1].rows
+    answers = np.argmax(TEST.inputs[last] @ params["kernel"] + result.params["bias"], axis=1)
+    np.testing.assert_allclose(result.accuracy[-1, -1], np.mean(answers == TEST.labels[last]))
+
+
+def test_augment_draws_anew_in_each_step_however_many_are_in_a_call():
+    stream = make_stream()._replace(augment=lambda key, inputs: inputs + jax.random.normal(key, inputs.shape))
+    one, three = (
+        run(KEY, linear_probe(), optax.sgd(0.1), probe(), stream, epochs=2, batch_size=4, steps_per_call=steps)
+        for steps in (1, 3)
+    )
+    assert_results_close(three, one)
+    frozen = stream._replace(augment=lambda key, inputs: inputs + jax.random.normal(jax.random.key(0), inputs.shape))
+    other = run(KEY, linear_probe(), optax.sgd(0.1), probe(), frozen, epochs=2, batch_size=4)
+    assert not np.allclose(other.params["kernel"], one.params["kernel"])
+
+
+def test_a_second_run_of_the_same_strategy_compiles_nothing():
+    strategy, tx, stream = linear_probe(), optax.sgd(0.1), make_stream()
+    first, second = (run(KEY, strategy, tx, probe(), stream, epochs=1, batch_size=4) for _ in range(2))
+    assert first.compilations == ONCE and second.compilations == {}
+    assert_results_close(first, second, tolerance=0)

@@ -4,8 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import assert_close
 
 from jaxcl import nets
+from jaxcl.trees import parameter_count
 
 
 @pytest.mark.parametrize("hidden", [(), (5,), (5, 3)])
@@ -22,3 +24,111 @@ def test_mlp_is_affine_maps_with_relu_between(hidden):
     np.testing.assert_allclose(net.apply(params, inputs), x, atol=1e-5)
     np.testing.assert_allclose(jax.jit(net.apply)(params, inputs), x, atol=1e-5)
     assert net.apply(params, inputs.astype(jnp.bfloat16)).shape == (6, 4)
+
+
+def convolution(x, kernel, stride):
+    """NumPy, zeros on all sides: [B, H, W, c] and [size, size, c, channels]."""
+    edge = kernel.shape[0] // 2
+    padded = np.pad(x, ((0, 0), (edge, edge), (edge, edge), (0, 0)))
+    windows = np.lib.stride_tricks.sliding_window_view(padded, kernel.shape[:2], axis=(1, 2))
+    return np.einsum("bhwcij,ijcd->bhwd", windows[:, ::stride, ::stride], kernel, optimize=True)
+
+
+def group_norm(x, weights, groups):
+    grouped = x.reshape(len(x), -1, groups, x.shape[-1] // groups)
+    mean, variance = (moment(grouped, axis=(1, 3), keepdims=True) for moment in (np.mean, np.var))
+    return ((grouped - mean) / np.sqrt(variance + 1e-5)).reshape(x.shape) * weights["scale"] + weights["bias"]
+
+
+def resnet18(params, x, *, small_images):
+    """The forward pass of He et al. 2016 with group normalisation, in NumPy."""
+
+    def normalised(weights, number, x, stride):
+        x = convolution(x, weights[f"Conv_{number}"]["kernel"], stride)
+        return group_norm(x, weights[f"GroupNorm_{number}"], GROUPS[x.shape[-1]])
+
+    x = np.maximum(normalised(params, 0, x, 1 if small_images else 2), 0)
+    if not small_images:
+        padded = np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=-np.inf)
+        windows = np.lib.stride_tricks.sliding_window_view(padded, (3, 3), axis=(1, 2))
+        x = windows[:, ::2, ::2].max(axis=(-2, -1))
+    for block in range(8):
+        weights, stride = params[f"_Block_{block}"], 2 if block in (2, 4, 6) else 1
+        y = normalised(weights, 1, np.maximum(normalised(weights, 0, x, stride), 0), 1)
+        x = np.maximum(y + (normalised(weights, 2, x, stride) if stride == 2 else x), 0)
+    return x.mean(axis=(1, 2)) @ params["Dense_0"]["kernel"] + params["Dense_0"]["bias"]
+
+
+def small_resnet(small_images=True, width=8):
+    """The network, parameters that all count, and inputs."""
+    net = nets.ResNet18(classes=5, width=width, small_images=small_images)
+    rng = np.random.default_rng(0)
+    inputs = jnp.asarray(rng.normal(size=(4, 17, 12, 3)), jnp.float32)
+
+    def draw(leaf):  # the initialiser would be compiled for each of 62 leaves
+        if leaf.ndim == 1:
+            return jnp.asarray(1 + 0.2 * rng.normal(size=leaf.shape), jnp.float32)
+        return jnp.asarray(rng.normal(size=leaf.shape) / np.sqrt(np.prod(leaf.shape[:-1])), jnp.float32)
+
+    return net, jax.tree.map(draw, jax.eval_shape(net.init, jax.random.key(0), inputs)), inputs
+
+
+# Groups by channels: 32, or as many as divide both 32 and the channels.
+GROUPS = {8: 8, 16: 16, 32: 32, 64: 32, 6: 2, 12: 4, 24: 8, 48: 16}
+
+
+@pytest.mark.parametrize(("small_images", "width"), [(True, 8), (False, 6)])
+def test_resnet18_is_the_published_network(small_images, width):
+    net, params, inputs = small_resnet(small_images, width)
+    weights = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params["params"])
+    expected = resnet18(weights, np.asarray(inputs, np.float64), small_images=small_images)
+    assert_close(jax.jit(net.apply)(params, inputs), expected, 1e-4)
+
+
+@pytest.mark.parametrize(
+    ("net", "stem_and_head"),
+    [
+        (nets.ResNet18(classes=10), 3 * 3 * 3 * 64 + 2 * 64 + (512 + 1) * 10),
+        (nets.ResNet18(classes=1000, small_images=False), 7 * 7 * 3 * 64 + 2 * 64 + (512 + 1) * 1000),
+    ],
+)
+def test_resnet18_has_as_many_parameters_as_is_known(net, stem_and_head):
+    # Convolutions, then scales and shifts of the norms; from the second stage on with a shortcut.
+    stages = [
+        4 * 9 * 64 * 64 + 4 * 2 * 64,
+        9 * 64 * 128 + 3 * 9 * 128 * 128 + 64 * 128 + 5 * 2 * 128,
+        9 * 128 * 256 + 3 * 9 * 256 * 256 + 128 * 256 + 5 * 2 * 256,
+        9 * 256 * 512 + 3 * 9 * 512 * 512 + 256 * 512 + 5 * 2 * 512,
+    ]
+    params = jax.eval_shape(net.init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
+    assert parameter_count(params) == sum(stages) + stem_and_head
+    assert parameter_count(params) in (11_173_962, 11_689_512)  # what PyTorch's have with batch normalisation
+
+
+def test_resnet18_sees_each_example_alone():
+    net, params, inputs = small_resnet()
+    apply = jax.jit(net.apply)
+    others = inputs.at[1:].set(7 - inputs[:0:-1] ** 3)
+    assert_close(apply(params, others)[0], apply(params, inputs)[0], 1e-5)
+    assert_close(apply(params, inputs[:1])[0], apply(params, inputs)[0], 1e-5)
+    assert not np.allclose(apply(params, others)[1], apply(params, inputs)[1], atol=1e-2)
+
+
+def test_resnet18_in_bfloat16_and_its_gradient():
+    net, params, inputs = small_resnet()
+
+    def loss(params, inputs):
+        return jnp.square(net.apply(params, inputs)).mean()
+
+    exact = jax.jit(net.apply)(params, inputs)
+    rounded = jax.jit(net.apply)(params, inputs.astype(jnp.bfloat16))
+    assert rounded.dtype == jnp.float32  # parameters and sums are
+    assert_close(rounded, exact, 0.05)
+    for leaf in jax.tree.leaves(jax.jit(jax.grad(loss))(params, inputs)):
+        assert np.isfinite(leaf).all()
+        assert np.any(leaf != 0)
+
+
+def test_resnet18_refuses_images_without_channels():
+    with pytest.raises(ValueError, match=r"inputs: got shape \(2, 8, 8\); pass an array with 4 axes"):
+        nets.ResNet18(classes=2, width=8).init(jax.random.key(0), jnp.zeros((2, 8, 8)))

@@ -38,6 +38,7 @@ def example_metrics():
             "naive": {"acc": statistics(0.412, 0.014), "bwt": statistics(-0.7, 0.02), "bytes": statistics(358_440)},
             HOSTILE: {"acc": statistics(0.9, 0.01), "bwt": statistics(None), "bytes": statistics(1_310_000)},
         },
+        "costs": {"naive": {"seconds": statistics(3.25, 0.5), "compilations": statistics(3)}},
         "environment": {"jax": "0.10.2", "python": "3.11.9", "devices": ["TPU v5e", "TPU v5e"]},
         "seconds": 192.4,
     }
@@ -147,22 +148,35 @@ def test_accuracy_csv_wants_a_seed_for_each_matrix(tmp_path, accuracy):
 def test_rows_show_percent_intervals_and_humanised_costs():
     results = {
         "dkvb": {
-            "acc": statistics(0.9534, 0.0041), "bwt": statistics(-0.00001, 0.012), "seconds": statistics(1234.56),
-            "parameters": statistics(89_610), "bytes": statistics(999_950), "compilations": statistics(1),
+            "acc": statistics(0.9534, 0.0041), "bwt": statistics(-0.00001, 0.012),
+            "parameters": statistics(89_610), "bytes": statistics(999_950),
         },
         "joint": {
-            "acc": statistics(1.0, 0.0), "bwt": statistics(float("nan")), "seconds": statistics(0.04),
+            "acc": statistics(1.0, 0.0), "bwt": statistics(float("nan")),
             "parameters": statistics(999), "bytes": statistics(4_660_000_000),
         },
+        "naive": {"acc": statistics(0.2, 0.01)},
     }  # fmt: skip
-    assert report.results_rows(results) == [
-        ["method", "acc %", "bwt %", "seconds", "parameters", "bytes"],
-        ["dkvb", "95.3 ± 0.4", "0.0 ± 1.2", "1,234.6", "89.6 k", "1 MB"],
-        ["joint", "100.0 ± 0.0", "-", "0.0", "999", "4.66 GB"],
+    costs = {
+        "dkvb": {
+            "seconds": statistics(1234.56, 0.4), "examples_per_second": statistics(12_340, 8.0),
+            "peak_memory": statistics(1_310_000_000), "compilations": statistics(1),
+        },
+        "joint": {"seconds": statistics(0.04), "peak_memory": statistics(None)},
+        "not in the results": {"seconds": statistics(1)},
+    }  # fmt: skip
+    assert report.results_rows(results, costs) == [
+        ["method", "acc %", "bwt %", "parameters", "bytes", "seconds", "examples/s", "peak memory"],
+        ["dkvb", "95.3 ± 0.4", "0.0 ± 1.2", "89.6 k", "1 MB", "1,234.6", "12.3 k", "1.31 GB"],
+        ["joint", "100.0 ± 0.0", "-", "999", "4.66 GB", "0.0", "-", "-"],
+        ["naive", "20.0 ± 1.0", "-", "-", "-", "-", "-", "-"],
     ]
-    assert report.results_rows(results, ["compilations", "acc"]) == [
-        ["method", "compilations", "acc %"], ["dkvb", "1", "95.3 ± 0.4"], ["joint", "-", "100.0 ± 0.0"],
-    ]  # fmt: skip
+    assert report.results_rows(results, costs, ["compilations", "acc"]) == [
+        ["method", "compilations", "acc %"],
+        ["dkvb", "1", "95.3 ± 0.4"],
+        ["joint", "-", "100.0 ± 0.0"],
+        ["naive", "-", "20.0 ± 1.0"],
+    ]
 
 
 def test_text_table_is_aligned_and_says_what_the_interval_is():
@@ -170,19 +184,29 @@ def test_text_table_is_aligned_and_says_what_the_interval_is():
         "dkvb": {"acc": statistics(0.953, 0.004), "forgetting": statistics(0.02, 0.113)},
         "linear_probe": {"acc": statistics(0.8), "forgetting": statistics(None)},
     }
-    assert report.results_table(results).splitlines() == [
+    assert report.results_table(results, {"dkvb": {"seconds": statistics(2.0)}}).splitlines() == [
         "Means over 5 seeds; ± is the half-width of the 95 % interval of the mean.",
         "",
-        "method             acc %  forgetting %",
-        "--------------------------------------",
-        "dkvb          95.3 ± 0.4    2.0 ± 11.3",
-        "linear_probe  80.0            -",
+        "method             acc %  forgetting %  seconds",
+        "-----------------------------------------------",
+        "dkvb          95.3 ± 0.4    2.0 ± 11.3      2.0",
+        "linear_probe  80.0            -               -",
+    ]
+
+
+def test_a_text_table_may_have_several_columns_of_names():
+    rows = [["run", "method", "acc %"], ["a", "naive", "5.0"], ["long", "b", "-"]]
+    assert report.text_table(rows, names=2).splitlines() == [
+        "run   method  acc %",
+        "-------------------",
+        "a     naive     5.0",
+        "long  b           -",
     ]
 
 
 def test_table_of_one_seed_has_means_only():
     results = {"naive": {"acc": statistics(0.4, seeds=1), "learning_accuracy": statistics(0.975, seeds=1)}}
-    table = report.results_table(results)
+    table = report.results_table(results, {})
     assert table.startswith("One seed, so without intervals.\n")
     assert "±" not in table
     assert table.splitlines()[2].split("  ") == ["method", "acc %", "learning accuracy %"]
@@ -191,14 +215,14 @@ def test_table_of_one_seed_has_means_only():
 
 def test_table_tells_when_methods_differ_in_seeds():
     results = {"naive": {"acc": statistics(0.4, 0.1, seeds=5)}, "joint": {"acc": statistics(0.9, seeds=1)}}
-    assert report.results_table(results).startswith("Means over 1 to 5 seeds; ")
+    assert report.results_table(results, {}).startswith("Means over 1 to 5 seeds; ")
 
 
 def test_results_must_hold_something_to_show():
     with pytest.raises(ValueError, match="results: got no method"):
-        report.results_table({})
+        report.results_table({}, {})
     with pytest.raises(ValueError, match=r"metrics: got \['speed'\]"):
-        report.results_rows({"naive": {"acc": statistics(0.4)}}, ["speed"])
+        report.results_rows({"naive": {"acc": statistics(0.4)}}, {}, ["speed"])
 
 
 @pytest.mark.parametrize(
@@ -411,10 +435,10 @@ def test_page_is_well_formed_and_complete(page):
 def test_page_shows_the_cells_of_the_table_and_the_settings(page, metrics):
     cells = [cell.replace("\xa0", " ") for cell in Page(page).cells]
     assert cells == [
-        *(cell for row in report.results_rows(metrics["results"]) for cell in row),
+        *(cell for row in report.results_rows(metrics["results"], metrics["costs"]) for cell in row),
         "setting", "value", "seeds", "0, 1", "note", "a<b", "dkvb.codebooks", "64", "dkvb.extra", "{}", "limit", "null",
     ]  # fmt: skip
-    assert cells[4:8] == ["naive", "41.2 ± 1.4", "-70.0 ± 2.0", "358 kB"]
+    assert cells[5:10] == ["naive", "41.2 ± 1.4", "-70.0 ± 2.0", "358 kB", "3.2"]
 
 
 def test_page_refers_to_nothing_outside(page):
@@ -442,8 +466,8 @@ def test_page_without_figures_or_keys(metrics):
     page = report.html_report(metrics, {})
     assert "<svg" not in page
     assert "<h2>Figures" not in page
-    del metrics["seconds"], metrics["config"]
-    with pytest.raises(ValueError, match="metrics: got no 'config', 'seconds'; pass a document with experiment"):
+    del metrics["seconds"], metrics["costs"]
+    with pytest.raises(ValueError, match="metrics: got no 'costs', 'seconds'; pass a document with experiment"):
         report.html_report(metrics, {})
 
 

@@ -54,10 +54,11 @@ def test_defaults_do_nothing():
     strategy = Strategy(gradients=None, predict=None)
     key, params, state, batch = object(), object(), object(), object()
     grads, updates = object(), object()
-    assert strategy.init(key, params) == ()
+    assert strategy.init(key, params, batch) == ()
     assert strategy.begin_task(key, params, state, 3) == (params, state)
     assert strategy.refresh(key, params, state, batch) == (params, state)
-    assert strategy.end_task(key, params, state, batch) == (params, state)
+    assert strategy.observe(key, params, state, batch) is state
+    assert strategy.end_task(key, params, state) == (params, state)
     assert strategy.after_update(key, params, state, batch, grads, updates) == (updates, state)
     assert strategy.refresh_every == 0
 

@@ -296,9 +296,30 @@ def test_map_inputs_hands_over_full_batches_and_keeps_the_dtype():
 
 
 @pytest.mark.parametrize("which", [0, 1])
-def test_map_inputs_refuses_streams_with_a_view(which):
-    with pytest.raises(ValueError, match=r"^stream: got one with a view; apply the feature stage to a class- or task-"):
-        streams.map_inputs(domain_streams()[which], encode)
+def test_map_inputs_of_domains_sees_what_each_task_shows(which):
+    stream = domain_streams()[which]
+    stream = stream._replace(prepare=lambda inputs: inputs + 1)
+    mapped = streams.map_inputs(stream, encode, batch_size=7)
+    for data, parts, ours, our_parts in [
+        (stream.train, stream.train_sets, mapped.train, mapped.train_sets),
+        (stream.test, stream.test_sets, mapped.test, mapped.test_sets),
+    ]:
+        assert len(ours.inputs) == len(ours.labels) == 3 * len(data.labels)
+        for task, (part, our_part) in enumerate(zip(parts, our_parts, strict=True)):
+            shown = stream.view(stream.view_table, jnp.asarray(data.inputs[part.rows]) + 1, part.tasks)
+            np.testing.assert_allclose(ours.inputs[our_part.rows], encode(shown), rtol=1e-5, atol=1e-6)
+            np.testing.assert_array_equal(ours.labels[our_part.rows], data.labels[part.rows])
+            assert (our_part.tasks == task).all()
+    inputs = jnp.asarray(mapped.train.inputs[:4])
+    np.testing.assert_array_equal(mapped.view(mapped.view_table, inputs, jnp.arange(4) % 3), inputs)
+    assert mapped.prepare is None
+
+
+def test_map_inputs_refuses_streams_that_augment():
+    stream = streams.class_incremental(None, *train_and_test(), classes_per_task=2)
+    stream = stream._replace(augment=lambda key, inputs: inputs)
+    with pytest.raises(ValueError, match=r"^stream: got one with `augment`; map a stream without"):
+        streams.map_inputs(stream, encode)
 
 
 def test_map_inputs_needs_a_batch():

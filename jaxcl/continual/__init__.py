@@ -3,33 +3,51 @@
 A frozen feature stage is a transformation of the stream before the loop: `streams.map_inputs`.
 """
 
-from jaxcl.continual import metrics, streams
-from jaxcl.continual.loop import Progress, Result, run, run_seeds
+from jaxcl.continual import metrics, sharding, streams
+from jaxcl.continual.checkpoints import Checkpoint
+from jaxcl.continual.course import Progress, Result
+from jaxcl.continual.loop import run, run_seeds
 from jaxcl.continual.strategies import (
     Batch,
     Strategy,
+    a_gem,
     cross_entropy,
+    der_plus_plus,
+    er,
+    ewc,
     gradients_of,
     key_value_bottleneck,
     linear_probe,
+    lwf,
     naive,
+    online_ewc,
+    si,
 )
 from jaxcl.continual.streams import Examples, Stream
 
 __all__ = [
     "Batch",
+    "Checkpoint",
     "Examples",
     "Progress",
     "Result",
     "Strategy",
     "Stream",
+    "a_gem",
     "cross_entropy",
+    "der_plus_plus",
+    "er",
+    "ewc",
     "gradients_of",
     "key_value_bottleneck",
     "linear_probe",
+    "lwf",
     "metrics",
     "naive",
+    "online_ewc",
     "run",
     "run_seeds",
+    "sharding",
+    "si",
     "streams",
 ]

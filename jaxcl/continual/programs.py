@@ -1,5 +1,6 @@
 """The compiled programs of a run: each a pure function of keys, states and tables, compiled once."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -8,8 +9,9 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from jaxcl.continual.strategies import Batch, Metrics, Strategy
-from jaxcl.continual.streams import Examples, View
+from jaxcl.continual.sharding import Layout
+from jaxcl.continual.strategies import Batch, Metrics, Strategy, does_nothing
+from jaxcl.continual.streams import Augment, Pipeline
 from jaxcl.trees import apply_updates
 from jaxcl.typing import Array, ArrayLike, Key, PyTree
 
@@ -25,140 +27,225 @@ class LoopState(NamedTuple):
     examples: Array  # [] float32, how many those are
 
 
-class Order(NamedTuple):
-    """Batches of row numbers; P, their number, is the same for every task of a stream."""
+class Tables(NamedTuple):
+    """What the tasks are, on the device."""
 
+    eligible: Array  # [T, K] bool
+    view_table: PyTree
+
+
+class Resident(NamedTuple):
+    """All examples on the device, and which of them each of P batches has."""
+
+    inputs: ArrayLike  # [N, ...]
+    labels: ArrayLike  # [N]
     rows: ArrayLike  # [P, B] int32; -1 fills up
     tasks: ArrayLike  # [P, B] int32, the task each example is seen as
 
+    def take(self, position: Array) -> tuple[Array, Array, Array, Array]:
+        """Inputs [B, ...], labels [B], tasks [B] and weights [B] of the batch at `position`."""
+        rows, tasks = jnp.asarray(self.rows)[position], jnp.asarray(self.tasks)[position]
+        real = rows >= 0
+        rows = jnp.where(real, rows, rows[0])  # as `Feeder` does, to the same end to the bit
+        return jnp.asarray(self.inputs)[rows], jnp.asarray(self.labels)[rows], tasks, real.astype(jnp.float32)
 
-class Table(NamedTuple):
-    """What batches are made from, on the device."""
 
-    examples: Examples  # [N, ...], [N]
-    eligible: Array  # [T, K] bool
-    view_table: PyTree
+class Streamed(NamedTuple):
+    """A few batches at a time, read by the host; P of them from batch `first` of the epoch on."""
+
+    inputs: ArrayLike  # [P, B, ...]
+    labels: ArrayLike  # [P, B]
+    tasks: ArrayLike  # [P, B] int32
+    weights: ArrayLike  # [P, B] float32, 0 for what fills up
+    first: ArrayLike  # [] int32
+
+    def take(self, position: Array) -> tuple[Array, ...]:
+        """Inputs [B, ...], labels, tasks and weights, as `Resident.take`."""
+        leaves = self.inputs, self.labels, self.tasks, self.weights
+        return tuple(lax.dynamic_index_in_dim(leaf, position - self.first, keepdims=False) for leaf in leaves)
 
 
 class Programs(NamedTuple):
     """Jitted functions; their names here are what compilations are counted under. States are consumed.
 
     `key` is the run's, the same in every call: each program derives its own from it, the stage and the step.
+    `source` is a `Resident` or a `Streamed`; positions count an epoch's batches.
     """
 
-    start: Callable[..., LoopState]  # (key, params, table, order) -> state
+    start: Callable[..., LoopState]  # (key, params, tables, source) -> state; its first batch is there for the shapes
     begin_task: Callable[..., LoopState] | None  # (key, state, stage) -> state
-    train: Callable[..., LoopState]  # (key, state, table, order, stage, position, count) -> state
-    refresh: Callable[..., LoopState] | None  # (key, state, table, order, stage) -> state
-    end_task: Callable[..., LoopState] | None  # (key, state, table, order, stage) -> state
-    evaluate: Callable[..., Array]  # (state, table, order, task, position) -> [] int32, right answers
+    train: Callable[..., LoopState]  # (key, state, tables, source, stage, position, count) -> state
+    refresh: Callable[..., LoopState] | None  # (key, state, tables, source, stage, position) -> state
+    observe: Callable[..., LoopState] | None  # (key, state, tables, source, stage, position, count) -> state
+    end_task: Callable[..., LoopState] | None  # (key, state, stage) -> state
+    evaluate: Callable[..., Array]  # (state, tables, source, task, position) -> [] int32, right answers
 
 
+@functools.lru_cache(maxsize=8)
 def compile_programs(
     strategy: Strategy,
     tx: optax.GradientTransformation,
-    view: View,
+    pipeline: Pipeline,
     *,
     steps_per_call: int,
-    task_known: bool,
-    seed_axes: PyTree,
+    layout: Layout,
+    together: bool,
+    shared: bool,
 ) -> Programs:
     """The programs of a strategy; those for which it does nothing are None.
+
+    The same arguments give the same programs again, so that a second run compiles nothing.
 
     Args:
         strategy: the method.
         tx: the optimizer.
-        view: how inputs are seen in each task.
-        steps_per_call: at most so many steps in one call of `train`.
-        task_known: whether `predict` is told the task.
-        seed_axes: None for one seed. For seeds trained together, a `Table` of 0 for what has a leading seed axis and
-            None for what is shared; keys, states, orders and rows then have one too.
+        pipeline: of the streams that the programs are for.
+        steps_per_call: at most so many steps in one call of `train` and `observe`.
+        layout: how state and batches lie on the devices.
+        together: whether there are several seeds: keys, states, tables and sources then have a leading seed axis.
+        shared: whether inputs and labels in sources nevertheless have not, being the same for all seeds.
     """
 
-    def gather(table: Table, rows: Array, tasks: Array, stage: Array) -> Batch:
-        real = rows >= 0
-        rows = jnp.where(real, rows, 0)
-        inputs = view(table.view_table, table.examples.inputs[rows], tasks)
-        weights = real.astype(jnp.float32)
-        return Batch(inputs, table.examples.labels[rows], weights, table.eligible[tasks], stage)
+    def gather(tables: Tables, source: Resident | Streamed, position: Array, stage: Array) -> Batch:
+        inputs, labels, tasks, weights = layout.split_batch(source.take(position))
+        if pipeline.prepare:
+            inputs = pipeline.prepare(inputs)
+        inputs = pipeline.view(tables.view_table, inputs, tasks)
+        return Batch(inputs, labels, weights, tables.eligible[tasks], stage)
 
-    def start(key: Key, params: PyTree, table: Table, order: Order) -> LoopState:
-        strategy_state = strategy.init(_derive(key, 0), params)
-        batch = gather(table, order.rows[0], order.tasks[0], jnp.int32(0))
+    def start(key: Key, params: PyTree, tables: Tables, source: Resident | Streamed) -> LoopState:
+        batch = gather(tables, source, jnp.int32(0), jnp.int32(0))
+        strategy_state = strategy.init(_derive(key, 0), params, batch)
         _, metrics = jax.eval_shape(strategy.gradients, key, params, strategy_state, batch)
         totals = {name: jnp.float32(0) for name in metrics}
         state = LoopState(params, tx.init(params), strategy_state, jnp.int32(0), totals, jnp.float32(0))
         # A Python scalar among the leaves has a weak type, which the first step would firm up: a second compilation.
         return jax.tree.map(lambda leaf: lax.convert_element_type(leaf, jnp.asarray(leaf).dtype), state)
 
+    step = _training_step(strategy, tx, pipeline.augment, together=together)
+    axes = Resident._make((None, None, 0, 0) if shared else (0, 0, 0, 0))
+
+    def for_each_seed(function: Callable[..., Any], *axes: PyTree) -> Callable[..., Any]:
+        return jax.vmap(function, in_axes=axes) if together else function
+
+    gather_each = for_each_seed(gather, 0, axes, None, None)
+
+    def repeat(
+        at: Callable[[Array, LoopState], LoopState], state: LoopState, position: Array, count: Array
+    ) -> LoopState:
+        return at(position, state) if steps_per_call == 1 else lax.fori_loop(position, position + count, at, state)
+
+    def train(
+        key: Key,
+        state: LoopState,
+        tables: Tables,
+        source: Resident | Streamed,
+        stage: Array,
+        position: Array,
+        count: Array,
+    ) -> LoopState:
+        zero = jax.tree.map(lambda total: jnp.where(position == 0, 0, total), (state.totals, state.examples))
+        state = state._replace(totals=zero[0], examples=zero[1])
+
+        def at(position: Array, state: LoopState) -> LoopState:
+            return step(key, state, gather_each(tables, source, position, stage))
+
+        return repeat(at, state, position, count)
+
+    def observe(
+        key: Key,
+        state: LoopState,
+        tables: Tables,
+        source: Resident | Streamed,
+        stage: Array,
+        position: Array,
+        count: Array,
+    ) -> LoopState:
+        def at(position: Array, state: LoopState) -> LoopState:
+            batch, before = gather(tables, source, position, stage), state.strategy_state
+            seen = strategy.observe(_derive(key, 4, stage, position), state.params, before, batch)
+            if together:  # a seed may have fewer batches than another
+                seen = _where(batch.weights.sum() > 0, seen, before)
+            return state._replace(strategy_state=seen)
+
+        return repeat(at, state, position, count)
+
+    def refresh(
+        key: Key, state: LoopState, tables: Tables, source: Resident | Streamed, stage: Array, position: Array
+    ) -> LoopState:
+        batch = gather(tables, source, position, stage)
+        key = _derive(key, 3, state.step)
+        params, strategy_state = strategy.refresh(key, state.params, state.strategy_state, batch)
+        return state._replace(params=params, strategy_state=strategy_state)
+
+    def begin_task(key: Key, state: LoopState, stage: Array) -> LoopState:
+        params, strategy_state = strategy.begin_task(_derive(key, 2, stage), state.params, state.strategy_state, stage)
+        return state._replace(params=params, strategy_state=strategy_state)
+
+    def end_task(key: Key, state: LoopState, stage: Array) -> LoopState:
+        params, strategy_state = strategy.end_task(_derive(key, 5, stage), state.params, state.strategy_state)
+        return state._replace(params=params, strategy_state=strategy_state)
+
+    def evaluate(state: LoopState, tables: Tables, source: Resident | Streamed, task: Array, position: Array) -> Array:
+        batch = gather(tables, source, position, task)
+        told = task if pipeline.task_known else None
+        logits = strategy.predict(state.params, state.strategy_state, batch.inputs, told)
+        answers = jnp.argmax(jnp.where(batch.eligible, logits, -jnp.inf), axis=-1)
+        return jnp.sum((answers == batch.labels) & (batch.weights > 0), dtype=jnp.int32)
+
+    def compiled(program: Callable[..., Any], name: str, *, consumes: tuple[int, ...] = (1,)) -> Any:
+        def laid_out(*arguments: Any) -> Any:
+            return layout.split_state(program(*arguments))
+
+        laid_out.__name__ = name
+        return jax.jit(laid_out, donate_argnums=consumes)
+
+    def compiled_if(member: str, program: Callable[..., Any], *axes: PyTree) -> Any:
+        return None if does_nothing(strategy, member) else compiled(for_each_seed(program, *axes), member)
+
+    return Programs(
+        start=compiled(for_each_seed(start, 0, 0, 0, axes), "start", consumes=()),
+        begin_task=compiled_if("begin_task", begin_task, 0, 0, None),
+        train=compiled(train, "train"),
+        refresh=compiled_if("refresh", refresh, 0, 0, 0, axes, None, None) if strategy.refresh_every else None,
+        observe=compiled_if("observe", observe, 0, 0, 0, axes, None, None, None),
+        end_task=compiled_if("end_task", end_task, 0, 0, None),
+        evaluate=compiled(for_each_seed(evaluate, 0, 0, axes, None, None), "evaluate", consumes=()),
+    )
+
+
+def _training_step(
+    strategy: Strategy, tx: optax.GradientTransformation, augment: Augment | None, *, together: bool
+) -> Callable[[Key, LoopState, Batch], LoopState]:
+    """Batch -> gradients -> optimizer -> after_update -> parameters."""
+
     def step(key: Key, state: LoopState, batch: Batch) -> LoopState:
-        gradients_key, update_key = jax.random.split(_derive(key, 1, state.step))
+        gradients_key, update_key, augment_key = jax.random.split(_derive(key, 1, state.step), 3)
+        if augment:
+            batch = batch._replace(inputs=augment(augment_key, batch.inputs))
         params, strategy_state = state.params, state.strategy_state
         grads, metrics = strategy.gradients(gradients_key, params, strategy_state, batch)
         updates, opt_state = tx.update(grads, state.opt_state, params)
         updates, strategy_state = strategy.after_update(update_key, params, strategy_state, batch, grads, updates)
         params = apply_updates(params, updates)
         examples = batch.weights.sum()
-        totals = {name: total + metrics[name] * examples for name, total in state.totals.items()}
-        after = LoopState(params, opt_state, strategy_state, state.step + 1, totals, state.examples + examples)
-        if seed_axes is None:
-            return after
-        # Seeds trained together may have fewer batches than the longest: then nothing happens.
-        return jax.tree.map(lambda new, old: jnp.where(examples > 0, new, old), after, state)
+        totals = {name: total + jnp.float32(metrics[name]) * examples for name, total in state.totals.items()}
+        return LoopState(params, opt_state, strategy_state, state.step + 1, totals, state.examples + examples)
 
-    def train(
-        key: Key, state: LoopState, table: Table, order: Order, stage: Array, position: Array, count: Array
-    ) -> LoopState:
-        zero = jax.tree.map(lambda total: jnp.where(position == 0, 0, total), (state.totals, state.examples))
-        state = state._replace(totals=zero[0], examples=zero[1])
+    def step_if_any(key: Key, state: LoopState, batch: Batch) -> LoopState:
+        return _where(batch.weights.sum() > 0, step(key, state, batch), state)
 
-        def at(position: Array, state: LoopState) -> LoopState:
-            return step(key, state, gather(table, order.rows[position], order.tasks[position], stage))
+    def step_each(key: Key, state: LoopState, batch: Batch) -> LoopState:
+        # Some seeds may have fewer batches than others: then nothing happens to them. That is rare, and to choose
+        # between old and new state costs a copy of it all.
+        active = batch.weights.sum(axis=1) > 0
+        return lax.cond(active.all(), jax.vmap(step), jax.vmap(step_if_any), key, state, batch)
 
-        if steps_per_call == 1:
-            return at(position, state)
-        return lax.fori_loop(position, position + count, at, state)
+    return step_each if together else step
 
-    def visit(member: str, purpose: int) -> Callable[..., LoopState]:
-        def program(key: Key, state: LoopState, table: Table, order: Order, stage: Array) -> LoopState:
-            batches = jax.vmap(lambda rows, tasks: gather(table, rows, tasks, stage))(order.rows, order.tasks)
-            key = _derive(key, purpose, stage, state.step)
-            params, strategy_state = getattr(strategy, member)(key, state.params, state.strategy_state, batches)
-            return state._replace(params=params, strategy_state=strategy_state)
 
-        return program
-
-    def begin_task(key: Key, state: LoopState, stage: Array) -> LoopState:
-        params, strategy_state = strategy.begin_task(_derive(key, 2, stage), state.params, state.strategy_state, stage)
-        return state._replace(params=params, strategy_state=strategy_state)
-
-    def evaluate(state: LoopState, table: Table, order: Order, task: Array, position: Array) -> Array:
-        batch = gather(table, order.rows[position], order.tasks[position], task)
-        logits = strategy.predict(state.params, state.strategy_state, batch.inputs, task if task_known else None)
-        answers = jnp.argmax(jnp.where(batch.eligible, logits, -jnp.inf), axis=-1)
-        return jnp.sum((answers == batch.labels) & (batch.weights > 0), dtype=jnp.int32)
-
-    def compiled(program: Callable[..., Any], *axes: PyTree, consumes: tuple[int, ...] = (1,)) -> Any:
-        together = program if seed_axes is None else jax.vmap(program, in_axes=axes)
-        together.__name__ = program.__name__
-        return jax.jit(together, donate_argnums=consumes)
-
-    def visiting(member: str, purpose: int) -> Any:
-        if getattr(strategy, member) is Strategy._field_defaults[member]:
-            return None
-        program = visit(member, purpose)
-        program.__name__ = member
-        return compiled(program, 0, 0, seed_axes, 0, None)
-
-    begins = strategy.begin_task is not Strategy._field_defaults["begin_task"]
-    return Programs(
-        start=compiled(start, 0, 0, seed_axes, 0, consumes=()),
-        begin_task=compiled(begin_task, 0, 0, None) if begins else None,
-        train=compiled(train, 0, 0, seed_axes, 0, None, None, None),
-        refresh=visiting("refresh", 3) if strategy.refresh_every else None,
-        end_task=visiting("end_task", 4),
-        evaluate=compiled(evaluate, 0, seed_axes, 0, None, None, consumes=()),
-    )
+def _where(condition: Array, new: PyTree, old: PyTree) -> PyTree:
+    return jax.tree.map(lambda new, old: jnp.where(condition, new, old), new, old)
 
 
 def _derive(key: Key, *numbers: Array | int) -> Key:

@@ -17,6 +17,7 @@ from jaxcl.typing import (
     ArrayLike,
     Key,
     PyTree,
+    RandomAccess,
     bad_argument,
     check_at_least,
     check_finite,
@@ -25,12 +26,14 @@ from jaxcl.typing import (
 )
 
 View = Callable[[PyTree, Array, Array], Array]
+Prepare = Callable[[Array], Array]  # inputs [B, ...] -> inputs [B, ...]
+Augment = Callable[[Key, Array], Array]  # (key, inputs [B, ...]) -> inputs [B, ...]
 
 
 class Examples(NamedTuple):
     """Inputs and their classes."""
 
-    inputs: ArrayLike  # [N, ...]
+    inputs: ArrayLike | RandomAccess  # [N, ...]; what is no array in memory is read as it is needed
     labels: ArrayLike  # [N] integers in [0, K)
 
 
@@ -39,6 +42,15 @@ class Selection(NamedTuple):
 
     rows: np.ndarray  # [M] int32
     tasks: np.ndarray  # [M] int32
+
+
+class Pipeline(NamedTuple):
+    """What is done to the batches of a stream, and whether the method is told their task at test time."""
+
+    prepare: Prepare | None
+    view: View
+    augment: Augment | None
+    task_known: bool
 
 
 class Stream(NamedTuple):
@@ -52,6 +64,13 @@ class Stream(NamedTuple):
     task_known: bool  # whether the method is told the task at test time
     view: View  # (view_table, inputs [B, ...], tasks [B]) -> inputs [B, ...], as their tasks show them
     view_table: PyTree  # arrays that `view` reads
+    prepare: Prepare | None = None  # what is done to each batch on the device, before `view`: normalisation, say
+    augment: Augment | None = None  # what is done to it in training steps only, after `view`
+
+    @property
+    def pipeline(self) -> Pipeline:
+        """The stream without its data."""
+        return Pipeline(self.prepare, self.view, self.augment, self.task_known)
 
 
 def class_incremental(
@@ -116,39 +135,65 @@ def joint(stream: Stream) -> Stream:
 def map_inputs(stream: Stream, function: Callable[[Array], ArrayLike], *, batch_size: int = 1024) -> Stream:
     """The stream with `function` applied to all inputs once: a frozen encoder, or the look-up of keys.
 
+    Where each task shows the inputs in its own way (permuted, rotated), the new stream has every example once for each
+    task, so T times as many.
+
     Args:
-        stream: a stream whose tasks show inputs as they are.
+        stream: any stream without `augment`, which would see features.
         function: inputs [B, ...] -> outputs [B, ...], called on batches of one shape: pass it jitted.
         batch_size: B; the last batch is filled up with its last example, and cut.
 
     Raises:
-        ValueError: the stream is permuted or rotated, so that a feature would depend on the task.
+        ValueError: the stream has `augment`.
     """
-    if stream.view is not _as_they_are:
-        raise bad_argument(
-            "stream", "one with a view", "apply the feature stage to a class- or task-incremental stream"
-        )
+    if stream.augment:
+        raise bad_argument("stream", "one with `augment`", "map a stream without, since its inputs are seen only once")
     check_at_least("batch_size", batch_size, 1)
+    tasks = range(1 if stream.view is _as_they_are else len(stream.eligible))
 
     def apply(examples: Examples) -> Examples:
         inputs, parts = examples.inputs, []
-        for start in range(0, len(inputs), batch_size):
-            rows = np.minimum(np.arange(start, start + batch_size), len(inputs) - 1)
-            parts.append(np.asarray(function(jnp.asarray(inputs[rows]))))
-        return examples._replace(inputs=np.concatenate(parts)[: len(inputs)])
+        for task in tasks:
+            for start in range(0, len(inputs), batch_size):
+                rows = np.minimum(np.arange(start, start + batch_size), len(inputs) - 1)
+                batch = jnp.asarray(inputs[rows])
+                if stream.prepare:
+                    batch = stream.prepare(batch)
+                shown = stream.view(stream.view_table, batch, jnp.full(batch_size, task))
+                parts.append(np.asarray(function(shown))[: len(inputs) - start])
+        labels = examples.labels if len(tasks) == 1 else np.tile(np.asarray(examples.labels), len(tasks))
+        return Examples(np.concatenate(parts), labels)
 
-    return stream._replace(train=apply(stream.train), test=apply(stream.test))
+    def move(selections: tuple[Selection, ...], count: int) -> tuple[Selection, ...]:
+        """Task t's copies of the examples begin at t times their number."""
+        if len(tasks) == 1:
+            return selections
+        return tuple(part._replace(rows=part.rows + part.tasks * np.int32(count)) for part in selections)
+
+    return stream._replace(
+        train=apply(stream.train),
+        test=apply(stream.test),
+        train_sets=move(stream.train_sets, len(stream.train.labels)),
+        test_sets=move(stream.test_sets, len(stream.test.labels)),
+        view=_as_they_are,
+        view_table=(),
+        prepare=None,
+    )
 
 
 def check_examples(argument: str, examples: Examples, classes: int) -> None:
-    """Raises ValueError unless `examples` are as many finite inputs as labels, all in `[0, classes)`, at least one."""
+    """Raises ValueError unless there are as many inputs as labels, at least one, and labels are in `[0, classes)`.
+
+    Inputs in memory must be finite.
+    """
     counts = f"{len(examples.inputs)} inputs and {len(examples.labels)} labels"
     if not len(examples.labels):
         raise bad_argument(argument, counts, "pass one example or more")
     check_labels(f"{argument}.labels", examples.labels, classes)
     if len(examples.inputs) != len(examples.labels):
         raise bad_argument(argument, counts, "pass one label an input")
-    check_finite(f"{argument}.inputs", examples.inputs)
+    if isinstance(examples.inputs, np.ndarray | jax.Array):  # all else is too large to be read through
+        check_finite(f"{argument}.inputs", examples.inputs)
 
 
 def _check_split(train: Examples, test: Examples) -> int:

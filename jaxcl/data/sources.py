@@ -6,7 +6,8 @@ import numpy as np
 
 from jaxcl.continual.streams import Examples
 from jaxcl.data import packs
-from jaxcl.typing import check_between, check_choice
+from jaxcl.data.lazy import read_all, take
+from jaxcl.typing import RandomAccess, check_between, check_choice, check_labels
 
 Name = Literal["digits", "mnist", "cifar10"]
 
@@ -49,7 +50,7 @@ def hold_out(examples: Examples, *, share: float) -> tuple[Examples, Examples]:
     """Cuts a validation (or test) part from each class evenly, in order, without chance: (rest, part).
 
     Args:
-        examples: inputs [N, ...] and labels [N].
+        examples: inputs [N, ...], which stay lazy if they are, and labels [N].
         share: of each class that is held out, from 0 to 1.
     """
     check_between("share", share, 0, 1)
@@ -60,16 +61,34 @@ def hold_out(examples: Examples, *, share: float) -> tuple[Examples, Examples]:
         # The running count of held examples follows the running share: each time it steps up, one is held.
         steps = np.floor((np.arange(len(rows)) + 1) * share + 1e-9)
         held[rows] = np.diff(steps, prepend=0) > 0
-    inputs = np.asarray(examples.inputs)
-    return Examples(inputs[~held], labels[~held]), Examples(inputs[held], labels[held])
+    rest, part = np.flatnonzero(~held), np.flatnonzero(held)
+    return Examples(take(examples.inputs, rest), labels[rest]), Examples(take(examples.inputs, part), labels[part])
 
 
 def flat_features(split: Split) -> Split:
-    """Raw pixels as features: [N, ...] uint8 to [N, D] float32, scaled so that the largest training value is 1."""
-    top = float(np.asarray(split.train.inputs).max(initial=0)) or 1.0
+    """Raw pixels as features: [N, ...] uint8 to [N, D] float32, scaled so that the largest training value is 1.
 
-    def flat(examples: Examples) -> Examples:
-        inputs = np.asarray(examples.inputs)
+    Features are in memory: lazy inputs are read whole.
+    """
+    train, test = (read_all(examples.inputs) for examples in split)
+    top = float(train.max(initial=0)) or 1.0
+
+    def flat(examples: Examples, inputs: np.ndarray) -> Examples:
         return examples._replace(inputs=inputs.reshape(len(inputs), -1).astype(np.float32) / np.float32(top))
 
-    return Split(flat(split.train), flat(split.test))
+    return Split(flat(split.train, train), flat(split.test, test))
+
+
+def labelled(
+    train_inputs: RandomAccess, train_labels: np.ndarray, test_inputs: RandomAccess, test_labels: np.ndarray
+) -> Split:
+    """Inputs [N, ...] with labels [N] of any integer type, checked and made int32, each part of its own N.
+
+    Raises:
+        ValueError: labels that are no integers or below 0, or one in test that is above all in train.
+    """
+    check_labels("train.labels", train_labels, np.iinfo(np.int32).max)
+    check_labels("test.labels", test_labels, int(train_labels.max()) + 1)
+    return Split(
+        Examples(train_inputs, train_labels.astype(np.int32)), Examples(test_inputs, test_labels.astype(np.int32))
+    )

@@ -1,5 +1,6 @@
 """Flax Linen networks."""
 
 from jaxcl.nets.mlp import MLP
+from jaxcl.nets.resnet import ResNet18
 
-__all__ = ["MLP"]
+__all__ = ["MLP", "ResNet18"]

@@ -1,20 +1,49 @@
-"""Tables, plots and files of a run, and one self-contained HTML page that shows them.
+"""Tables, plots and files of runs, self-contained HTML pages that show them, and TensorBoard's event files.
 
-matplotlib (``pip install "jaxcl[experiments]"``) is needed for the plots only.
+matplotlib and tensorboardX (``pip install "jaxcl[experiments]"``) are needed for plots and for TensorBoard only.
 """
 
-from jaxcl.report.files import write_accuracy_csv, write_atomic, write_json
-from jaxcl.report.page import html_report
-from jaxcl.report.plots import accuracy_matrices, accuracy_over_tasks, to_svg
-from jaxcl.report.tables import check_accuracy, results_rows, results_table
+from jaxcl.report.files import read_accuracy_csv, read_json, write_accuracy_csv, write_atomic, write_json
+from jaxcl.report.page import (
+    figures_section,
+    flat_settings,
+    html_note,
+    html_page,
+    html_report,
+    html_table,
+    results_section,
+)
+from jaxcl.report.plots import (
+    accuracy_against_seconds,
+    accuracy_bars,
+    accuracy_matrices,
+    accuracy_over_tasks,
+    to_svg,
+)
+from jaxcl.report.tables import check_accuracy, check_metrics, legend, results_rows, results_table, text_table
+from jaxcl.report.tensorboard import TensorBoard
 
 __all__ = [
+    "TensorBoard",
+    "accuracy_against_seconds",
+    "accuracy_bars",
     "accuracy_matrices",
     "accuracy_over_tasks",
     "check_accuracy",
+    "check_metrics",
+    "figures_section",
+    "flat_settings",
+    "html_note",
+    "html_page",
     "html_report",
+    "html_table",
+    "legend",
+    "read_accuracy_csv",
+    "read_json",
     "results_rows",
+    "results_section",
     "results_table",
+    "text_table",
     "to_svg",
     "write_accuracy_csv",
     "write_atomic",

@@ -1,18 +1,15 @@
-"""One self-contained HTML page for a run: its table, its figures and its configuration."""
+"""Self-contained HTML pages: the parts they are made of, and the page of a run."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from html import escape
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from jaxcl.report.plots import to_svg
-from jaxcl.report.tables import Results, legend, results_rows, seeds
-from jaxcl.typing import bad_argument
+from jaxcl.report.tables import Results, check_metrics, legend, results_rows, seeds
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-KEYS = ("experiment", "preset", "config", "results", "environment", "seconds")
 
 MEANINGS = {
     "acc": "mean accuracy over all tasks after the last one",
@@ -20,6 +17,8 @@ MEANINGS = {
     "bwt": "final accuracy on a task less that right after learning it",
     "fwt": "accuracy on a task right before learning it less that of the untrained model",
     "learning accuracy": "accuracy on a task right after learning it",
+    "examples/s": "examples trained on in a second",
+    "peak memory": "the most memory that the process had held by then",
 }
 
 STYLE = """
@@ -30,15 +29,16 @@ STYLE = """
 * { box-sizing: border-box }
 body { margin: 0; background: var(--page); color: var(--ink);
   font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif }
-main { max-width: 1100px; margin: 0 auto; padding: 2rem 1.25rem 4rem }
+main { max-width: 1240px; margin: 0 auto; padding: 2rem 1.25rem 4rem }
 h1 { font-size: clamp(1.4rem, 5vw, 1.9rem); line-height: 1.2; margin: 0 0 .5rem; overflow-wrap: anywhere }
 h2 { font-size: 1.25rem; margin: 2.5rem 0 .75rem }
 p { max-width: 46rem; margin: 0 }
 figcaption, .note { color: var(--soft); font-size: .9rem; margin: .5rem 0; max-width: none }
 .scroll { overflow-x: auto }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums }
-th, td { padding: .4rem .6rem; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line) }
-th:first-child { text-align: left; position: sticky; left: 0; background: inherit }
+th, td { padding: .4rem .5rem; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line) }
+th:first-child { position: sticky; left: 0; background: inherit }
+.name, .text :is(th, td) { text-align: left }
 tr { background: var(--page) }
 thead th { border-bottom-width: 2px; font-size: .9rem; white-space: normal; vertical-align: bottom }
 tbody tr:nth-child(even) { background: var(--stripe) }
@@ -47,48 +47,125 @@ figure { margin: 0 0 1.75rem }
 figure .scroll { background: #ffffff; border: 1px solid var(--line); border-radius: 8px; padding: .75rem }
 figure svg { display: block; margin: 0 auto; max-width: 100%; min-width: 40rem; height: auto }
 summary { cursor: pointer; margin-bottom: .5rem }
-details :is(th, td) { text-align: left; white-space: normal; overflow-wrap: anywhere }
-details th { font-weight: normal; color: var(--soft) }
+.text td { white-space: normal; overflow-wrap: anywhere; min-width: 8rem }
+.text tbody th { font-weight: normal; color: var(--soft) }
 """
 
 
 def html_report(metrics: Mapping[str, Any], figures: Mapping[str, "Figure"]) -> str:
-    """One HTML page that needs no other file: summary, table of results, figures, configuration.
+    """One HTML page that needs no other file: summary, table of results and costs, figures, configuration.
 
     Args:
-        metrics: the document of metrics.json: {"experiment", "preset", "config", "results", "environment": {"jax",
-            "python", "devices"}, "seconds"}; `results` as for `jaxcl.report.results_rows`.
+        metrics: the document of metrics.json: {"experiment", "preset", "config", "results", "costs", "environment":
+            {"jax", "python", "devices"}, "seconds"}; `results` and `costs` as for `jaxcl.report.results_rows`.
         figures: a matplotlib figure for each caption; may be empty.
 
     Raises:
         ValueError: `metrics` lacks one of its keys, or its results are empty.
     """
-    missing = [key for key in KEYS if key not in metrics]
-    if missing:
-        raise bad_argument("metrics", f"no {', '.join(map(repr, missing))}", f"pass a document with {', '.join(KEYS)}")
-    title = escape(f"{metrics['experiment']}: {metrics['preset']}")
-    sections = {"Results": _results(metrics["results"])}
+    check_metrics(metrics)
+    sections = {"Results": results_section(metrics["results"], results_rows(metrics["results"], metrics["costs"]))}
     if figures:
-        sections["Figures"] = "\n".join(_figure(caption, figure) for caption, figure in figures.items())
-    sections["Configuration"] = _configuration(metrics["config"])
-    body = "\n".join(f"<section>\n<h2>{heading}</h2>\n{content}\n</section>" for heading, content in sections.items())
+        sections["Figures"] = figures_section(figures)
+    settings = [["setting", "value"], *map(list, flat_settings(metrics["config"]))]
+    sections["Configuration"] = f"""<details>
+<summary>All settings of this run</summary>
+{html_table(settings, "All settings of this run", kind="text")}
+</details>"""
+    return html_page(f"{metrics['experiment']}: {metrics['preset']}", _summary(metrics), sections)
+
+
+def html_page(title: str, summary: str, sections: Mapping[str, str]) -> str:
+    """One HTML page that needs no other file.
+
+    Args:
+        title: plain text.
+        summary: plain text below the title.
+        sections: {heading, plain text: content, HTML}.
+    """
+    body = "\n".join(
+        f"<section>\n<h2>{escape(heading)}</h2>\n{content}\n</section>" for heading, content in sections.items()
+    )
     return f"""<!DOCTYPE html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
+<title>{escape(title)}</title>
 <style>{STYLE}</style>
 </head>
 <body>
 <main>
-<h1>{title}</h1>
-<p>{escape(_summary(metrics))}</p>
+<h1>{escape(title)}</h1>
+<p>{escape(summary)}</p>
 {body}
 </main>
 </body>
 </html>
 """
+
+
+def html_table(
+    rows: Sequence[Sequence[str]], label: str, *, names: int = 1, kind: Literal["wide", "text"] = "wide"
+) -> str:
+    """Rows of cells, plain text, the first of them headings, as an HTML table that scrolls where it is too wide.
+
+    Args:
+        rows: all of one length.
+        label: what a screen reader says.
+        names: how many columns, the first ones, name the row.
+        kind: "wide" for numbers, which stand right in a table of the page's width; "text" for text, which wraps.
+    """
+    headings, *body = rows
+    head = "".join(f'<th scope="col" class="name">{escape(heading)}</th>' for heading in headings[:names])
+    head += "".join(f'<th scope="col">{escape(heading).replace(" %", "&nbsp;%")}</th>' for heading in headings[names:])
+    lines = "\n".join(
+        "<tr>"
+        + "".join(f'<th scope="row" class="name">{escape(cell)}</th>' for cell in row[:names])
+        + "".join(f"<td>{escape(cell)}</td>" for cell in row[names:])
+        + "</tr>"
+        for row in body
+    )
+    return f"""<div class="scroll" role="region" aria-label="{escape(label)}" tabindex="0">
+<table class="{kind}">
+<thead><tr>{head}</tr></thead>
+<tbody>
+{lines}
+</tbody>
+</table>
+</div>"""
+
+
+def html_note(text: str) -> str:
+    """A paragraph of small print, from plain text."""
+    return f'<p class="note">{escape(text)}</p>'
+
+
+def results_section(results: Results, rows: Sequence[Sequence[str]], *, names: int = 1) -> str:
+    """The HTML of a table of results, with what its numbers are above it and what its headings mean below.
+
+    Args:
+        results: as for `jaxcl.report.results_rows`.
+        rows: what `jaxcl.report.results_rows` makes of them; may have further columns of names.
+        names: how many columns of names there are, the first ones.
+    """
+    meanings = [f"{metric}: {text}" for metric, text in MEANINGS.items() if {metric, f"{metric} %"} & {*rows[0]}]
+    notes = [html_note("; ".join(meanings) + ".")] if meanings else []
+    return "\n".join([html_note(legend(results)), html_table(rows, "Table of results", names=names), *notes])
+
+
+def figures_section(figures: Mapping[str, "Figure"]) -> str:
+    """The HTML of figures, each over its caption."""
+    return "\n".join(_figure(caption, figure) for caption, figure in figures.items())
+
+
+def flat_settings(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Settings as (name, text); nested ones with dotted names."""
+    for name, value in settings.items():
+        if isinstance(value, Mapping) and value:
+            yield from flat_settings(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", _text(value)
 
 
 def _summary(metrics: Mapping[str, Any]) -> str:
@@ -101,57 +178,11 @@ def _summary(metrics: Mapping[str, Any]) -> str:
     )
 
 
-def _results(results: Results) -> str:
-    headings, *rows = results_rows(results)
-    head = "".join(f'<th scope="col">{escape(heading).replace(" %", "&nbsp;%")}</th>' for heading in headings)
-    body = "\n".join(
-        f'<tr><th scope="row">{escape(method)}</th>{"".join(f"<td>{escape(cell)}</td>" for cell in cells)}</tr>'
-        for method, *cells in rows
-    )
-    meanings = [f"{metric}: {text}" for metric, text in MEANINGS.items() if f"{metric} %" in headings]
-    notes = f'\n<p class="note">{escape("; ".join(meanings))}.</p>' if meanings else ""
-    return f"""<p class="note">{escape(legend(results))}</p>
-<div class="scroll" role="region" aria-label="Table of results" tabindex="0">
-<table class="wide">
-<thead><tr>{head}</tr></thead>
-<tbody>
-{body}
-</tbody>
-</table>
-</div>{notes}"""
-
-
 def _figure(caption: str, figure: "Figure") -> str:
     return f"""<figure>
 <div class="scroll" role="region" aria-label="{escape(caption)}" tabindex="0">{to_svg(figure, caption)}</div>
 <figcaption>{escape(caption)}</figcaption>
 </figure>"""
-
-
-def _configuration(config: Mapping[str, Any]) -> str:
-    rows = "\n".join(
-        f'<tr><th scope="row">{escape(name)}</th><td>{escape(value)}</td></tr>' for name, value in _flat(config, "")
-    )
-    return f"""<details>
-<summary>All settings of this run</summary>
-<div class="scroll">
-<table>
-<thead><tr><th scope="col">setting</th><th scope="col">value</th></tr></thead>
-<tbody>
-{rows}
-</tbody>
-</table>
-</div>
-</details>"""
-
-
-def _flat(config: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, str]]:
-    """The settings as (name, text); nested ones with dotted names."""
-    for name, value in config.items():
-        if isinstance(value, Mapping) and value:
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", _text(value)
 
 
 def _text(value: object) -> str:

@@ -1,17 +1,19 @@
-"""Plots of accuracy matrices as matplotlib figures, without pyplot and its global state, and as inline SVG."""
+"""Plots of accuracy and cost as matplotlib figures, without pyplot and its global state, and as inline SVG."""
 
 import html
 import io
 import re
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from jaxcl.continual.metrics import interval95
-from jaxcl.report.tables import check_accuracy
+from jaxcl.report.tables import Results, check_accuracy
+from jaxcl.typing import bad_argument
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart, less the yellow that is lost on white; with one
@@ -92,21 +94,16 @@ def accuracy_over_tasks(accuracy: Mapping[str, np.ndarray]) -> "Figure":
     means = {method: _mean_over_seeds(curve) for method, curve in curves.items()}
     tasks = next(iter(arrays.values())).shape[2]
     seen = np.arange(1, tasks + 1)
-    width, height = 9.0, max(4.2, 0.3 * len(curves))
-    figure = _figure(width, height)
-    axes = figure.add_axes((0.75 / width, 0.55 / height, 7.2 / width, 1 - 0.7 / height))
+    figure, axes, gap = _with_names_on_the_right(len(curves))
     axes.set_xlabel("tasks seen so far")
     axes.set_ylabel("mean accuracy on those tasks")
     axes.set_xticks(_ticks(tasks))
     axes.set_xlim(1 - 0.04 * max(tasks - 1, 1), tasks + 0.02 * max(tasks - 1, 1))
-    axes.set_ylim(0, 1.02)
-    axes.yaxis.set_major_formatter(_percent)
     axes.grid(axis="y", color="#e6e6e6")
-    axes.spines[["top", "right"]].set_visible(False)
     # Each line is named beside its last point; `ends` holds that point's index, none if nothing is defined.
     ends = [np.flatnonzero(np.isfinite(mean))[-1:] for mean in means.values()]
     last = [float(mean[end].sum()) for mean, end in zip(means.values(), ends, strict=True)]
-    heights = _spread(last, gap=0.2 / (height - 0.7))
+    heights = _spread(last, gap)
     for number, (method, mean) in enumerate(means.items()):
         colour = COLOURS[number % len(COLOURS)]
         marker, line = (None, "--") if arrays[method].shape[1] < tasks else (MARKERS[number % len(MARKERS)], "-")
@@ -123,9 +120,90 @@ def accuracy_over_tasks(accuracy: Mapping[str, np.ndarray]) -> "Figure":
                 va="center", color=INK, parse_math=False, annotation_clip=False,
                 arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 1, "shrinkA": 2, "shrinkB": 4},
             )  # fmt: skip
-    width = max([text.get_window_extent().x1 / figure.dpi for text in axes.texts], default=8.0) + 0.15
-    figure.set_figwidth(width)  # room for the longest label, whatever its length
-    axes.set_position((0.75 / width, 0.55 / height, 7.2 / width, 1 - 0.7 / height))
+    _make_room_for_names(figure)
+    return figure
+
+
+def accuracy_bars(results: Results) -> "Figure":
+    """A bar a method, in the order of `results` from the top: ACC, with the 95 % interval over seeds as whiskers.
+
+    A method whose ACC is undefined has its name and no bar.
+
+    Args:
+        results: as for `jaxcl.report.results_rows`.
+
+    Raises:
+        ValueError: there is no method.
+        ImportError: matplotlib is missing.
+    """
+    means, reach = _accuracies(results)
+    height = 0.3 * len(results) + 0.8
+    figure = _figure(9.0, height)
+    axes = figure.add_axes((0.1, 0.1, 0.8, 0.8))
+    axes.barh(
+        range(len(results)), means, xerr=reach, height=0.7, alpha=0.6, ecolor=INK, capsize=3,
+        color=[COLOURS[number % len(COLOURS)] for number in range(len(results))],
+    )  # fmt: skip
+    for number, method in enumerate(results):
+        axes.text(
+            -0.015, number, method, transform=axes.get_yaxis_transform(), ha="right", va="center", color=INK,
+            parse_math=False,
+        )  # fmt: skip
+    axes.set_yticks([])
+    axes.set_ylim(len(results) - 0.4, -0.6)
+    axes.set_xlim(0, 1.02)
+    axes.xaxis.set_major_formatter(_percent)
+    axes.set_xlabel("ACC, mean accuracy on all tasks at the end")
+    axes.grid(axis="x", color="#e6e6e6")
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    left = max(text.get_window_extent().width / figure.dpi for text in axes.texts) + 0.3  # whatever the names' length
+    width = left + 6.5
+    figure.set_figwidth(width)
+    axes.set_position((left / width, 0.6 / height, 6.3 / width, 1 - 0.7 / height))
+    return figure
+
+
+def accuracy_against_seconds(results: Results, costs: Results) -> "Figure":
+    """A point a method: ACC, with its 95 % interval over seeds, against the mean seconds a seed, on a log scale.
+
+    Each is named on the right, at the height of its point or near it. A method of which either is undefined, or that
+    took no time, is left out.
+
+    Args:
+        results: as for `jaxcl.report.results_rows`.
+        costs: as for `jaxcl.report.results_rows`.
+
+    Raises:
+        ValueError: there is no method.
+        ImportError: matplotlib is missing.
+    """
+    means, reach = _accuracies(results)
+    seconds, _ = _statistics({method: costs.get(method, {}) for method in results}, "seconds")
+    shown = np.flatnonzero(np.isfinite(means) & np.isfinite(seconds) & (seconds > 0))
+    figure, axes, gap = _with_names_on_the_right(len(results))
+    axes.set_xscale("log", subs=(2, 5))
+    axes.set_xlabel("seconds a seed")
+    axes.set_ylabel("ACC, mean accuracy on all tasks at the end")
+    axes.xaxis.set_major_formatter(_plain_number)
+    axes.xaxis.set_minor_formatter(_plain_number)
+    axes.grid(color="#e6e6e6")
+    if len(shown):  # whole decades, so that there are numbers on the axis however alike the costs are
+        low, high = np.floor(np.log10([seconds[shown].min(), seconds[shown].max()]))
+        axes.set_xlim(10.0**low, 10.0 ** (high + 1))
+        heights = _spread(list(means[shown]), gap)
+    for place, number in enumerate(shown):
+        look: dict[str, Any] = {
+            "color": COLOURS[number % len(COLOURS)], "marker": MARKERS[number % len(MARKERS)], "markersize": 7,
+            "clip_on": False,
+        }  # fmt: skip
+        axes.errorbar(seconds[number], means[number], yerr=reach[:, [number]], capsize=3, **look)
+        axes.plot(1.04, heights[place], transform=axes.transAxes, **look)
+        axes.text(
+            1.06, heights[place], list(results)[number], transform=axes.transAxes, va="center", color=INK,
+            parse_math=False,
+        )  # fmt: skip
+    _make_room_for_names(figure)
     return figure
 
 
@@ -155,6 +233,41 @@ def _figure(width: float, height: float) -> "Figure":
     except ImportError as error:
         raise ImportError('plots need matplotlib: pip install "jaxcl[experiments]"') from error
     return Figure(figsize=(width, height))
+
+
+def _with_names_on_the_right(methods: int) -> "tuple[Figure, Axes, float]":
+    """A figure, its axes for accuracies, and how far apart, in heights of the axes, names beside them must be."""
+    height = max(4.2, 0.3 * methods)
+    figure = _figure(9.0, height)
+    axes = figure.add_axes((0.75 / 9.0, 0.55 / height, 7.2 / 9.0, 1 - 0.7 / height))
+    axes.set_ylim(0, 1.02)
+    axes.yaxis.set_major_formatter(_percent)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes, 0.2 / (height - 0.7)
+
+
+def _make_room_for_names(figure: "Figure") -> None:
+    """Widens the figure to the longest name beside its axes, which stay as large as they are."""
+    (axes,) = figure.axes
+    width = max([text.get_window_extent().x1 / figure.dpi for text in axes.texts], default=8.0) + 0.15
+    figure.set_figwidth(width)
+    height = figure.get_figheight()
+    axes.set_position((0.75 / width, 0.55 / height, 7.2 / width, 1 - 0.7 / height))
+
+
+def _statistics(of_methods: Results, metric: str) -> np.ndarray:
+    """[2, methods]: mean and half-width of the 95 % interval, NaN where undefined."""
+    statistics = [metrics.get(metric, {}) for metrics in of_methods.values()]
+    return np.asarray([[one.get("mean"), one.get("ci95")] for one in statistics], np.float64).T
+
+
+def _accuracies(results: Results) -> tuple[np.ndarray, np.ndarray]:
+    """ACC [methods], and how far its interval reaches below and above within 0 to 1 [2, methods]."""
+    if not results:
+        raise bad_argument("results", "no method", "pass at least one")
+    means, half_widths = _statistics(results, "acc")
+    low, high = np.clip([means - half_widths, means + half_widths], 0, 1)
+    return means, np.stack([means - low, high - means])
 
 
 def _mean_over_seeds(values: np.ndarray) -> np.ndarray:
@@ -190,6 +303,10 @@ def _ticks(tasks: int) -> np.ndarray:
 
 def _step(tasks: int) -> int:
     return -(-tasks // 10)
+
+
+def _plain_number(value: float, _: object) -> str:
+    return f"{value:,g}"
 
 
 def _percent(value: float, _: object) -> str:

@@ -1,4 +1,4 @@
-"""What a report is made of: the checks of its plain data, and the table of results as rows and as text."""
+"""What a report is made of: the checks of its plain data, and the table of results and costs as rows and as text."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -11,7 +11,9 @@ from jaxcl.typing import bad_argument
 Results = Mapping[str, Mapping[str, Mapping[str, Any]]]  # method -> metric -> {"mean", "std", "ci95", "values"}
 
 SHARES = ("acc", "forgetting", "bwt", "fwt", "learning_accuracy")  # fractions, shown in percent
-METRICS = (*SHARES, "seconds", "parameters", "bytes")
+METRICS = (*SHARES, "parameters", "bytes", "seconds", "examples_per_second", "peak_memory")
+HEADINGS = {"examples_per_second": "examples/s"}  # where it is not the metric's name with spaces
+KEYS = ("experiment", "preset", "config", "results", "costs", "environment", "seconds")  # of metrics.json
 UNDEFINED = "-"
 PLUS_MINUS = " ± "
 
@@ -42,38 +44,58 @@ def check_accuracy(accuracy: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     return arrays
 
 
-def results_rows(results: Results, metrics: Sequence[str] = METRICS) -> list[list[str]]:
-    """The table of results as cells of text: the headings, then a row a method in the order of `results`.
+def check_metrics(metrics: Mapping[str, Any]) -> None:
+    """Raises ValueError unless `metrics`, the document of metrics.json, has all its keys."""
+    missing = [key for key in KEYS if key not in metrics]
+    if missing:
+        raise bad_argument("metrics", f"no {', '.join(map(repr, missing))}", f"pass a document with {', '.join(KEYS)}")
+
+
+def results_rows(results: Results, costs: Results, metrics: Sequence[str] = METRICS) -> list[list[str]]:
+    """The table of results and costs as cells of text: the headings, then a row a method in the order of `results`.
 
     Fractions are in percent as "mean ± half-width of the 95 % interval" (the mean alone where the interval is
-    undefined), seconds, parameters and bytes are means over seeds, and "-" stands for what is undefined.
+    undefined), all else (seconds, bytes, ...) are means over seeds, and "-" stands for what is undefined.
 
     Args:
         results: {method: {metric: {"mean", "std", "ci95", "values"}}}; None or NaN where undefined.
+        costs: of the same form: what was measured. Methods may be missing.
         metrics: the columns, in this order; those that no method has are left out.
 
     Raises:
-        ValueError: `results` is empty or has none of the `metrics`.
+        ValueError: `results` is empty, or neither it nor `costs` has any of the `metrics`.
     """
     if not results:
         raise bad_argument("results", "no method", "pass at least one")
-    columns = [metric for metric in metrics if any(metric in of_method for of_method in results.values())]
+    both = {method: {**of_method, **costs.get(method, {})} for method, of_method in results.items()}
+    columns = [metric for metric in metrics if any(metric in of_method for of_method in both.values())]
     if not columns:
-        raise bad_argument("metrics", list(metrics), "name at least one metric that is in `results`")
-    headings = ["method", *(f"{column.replace('_', ' ')}{' %' * (column in SHARES)}" for column in columns)]
-    return [headings, *([method, *(_cell(column, of_method) for column in columns)]
-                        for method, of_method in results.items())]  # fmt: skip
+        raise bad_argument("metrics", list(metrics), "name at least one metric that is in `results` or `costs`")
+    headings = [f"{HEADINGS.get(column, column.replace('_', ' '))}{' %' * (column in SHARES)}" for column in columns]
+    return [["method", *headings], *([method, *(_cell(column, of_method) for column in columns)]
+                                     for method, of_method in both.items())]  # fmt: skip
 
 
-def results_table(results: Results, metrics: Sequence[str] = METRICS) -> str:
-    """The table of results as aligned plain text for a terminal, under a line that says what it shows.
+def results_table(results: Results, costs: Results, metrics: Sequence[str] = METRICS) -> str:
+    """The table of results and costs as aligned plain text for a terminal, under a line that says what it shows.
 
     Arguments and errors are those of `results_rows`.
     """
-    methods, *numbers = zip(*results_rows(results, metrics), strict=True)
-    columns = [[method.ljust(max(map(len, methods))) for method in methods], *map(_aligned, numbers)]
-    heading, *lines = ["  ".join(row).rstrip() for row in zip(*columns, strict=True)]
-    return "\n".join([legend(results), "", heading, "-" * max(map(len, [heading, *lines])), *lines, ""])
+    table = text_table(results_rows(results, costs, metrics))
+    return f"{legend(results)}\n\n{table}"
+
+
+def text_table(rows: Sequence[Sequence[str]], names: int = 1) -> str:
+    """Rows of cells, the first of them headings, as aligned plain text.
+
+    Args:
+        rows: all of one length.
+        names: how many columns, the first ones, hold names, which stand left; numbers stand right.
+    """
+    columns = list(zip(*rows, strict=True))
+    left = [[cell.ljust(max(map(len, column))) for cell in column] for column in columns[:names]]
+    heading, *lines = ["  ".join(row).rstrip() for row in zip(*left, *map(_aligned, columns[names:]), strict=True)]
+    return "\n".join([heading, "-" * max(map(len, [heading, *lines])), *lines, ""])
 
 
 def legend(results: Results) -> str:
@@ -105,7 +127,7 @@ def _cell(metric: str, of_method: Mapping[str, Mapping[str, Any]]) -> str:
         return f"{100 * mean:z.1f}" + (f"{PLUS_MINUS}{100 * half_width:.1f}" if _defined(half_width) else "")
     if metric == "seconds":
         return f"{mean:,.1f}"
-    return _humanised(mean, "B" if metric == "bytes" else "")
+    return _humanised(mean, "B" if metric in ("bytes", "peak_memory") else "")
 
 
 def _defined(value: float | None) -> TypeGuard[float]:

@@ -17,9 +17,8 @@ from jaxcl import continual
 
 ROOT = Path(__file__).parents[2]
 METHODS = {"naive", "joint", "linear_probe", "dkvb"}
-METRICS = {
-    "acc", "bwt", "fwt", "forgetting", "learning_accuracy", "seconds", "parameters", "bytes", "compilations",
-}  # fmt: skip
+METRICS = {"acc", "bwt", "fwt", "forgetting", "learning_accuracy", "average_anytime_accuracy", "parameters", "bytes"}
+COSTS = {"seconds", "examples_per_second", "peak_memory", "compilations"}
 
 
 @pytest.fixture(scope="module")
@@ -31,13 +30,13 @@ def smoke(tmp_path_factory):
 def test_metrics_have_the_promised_form(smoke):
     out, document = smoke
     written = json.loads((out / "metrics.json").read_text(), parse_constant=pytest.fail)  # strict JSON: no NaN
-    assert set(written) == {"experiment", "preset", "config", "results", "environment", "seconds"}
+    assert set(written) == {"experiment", "preset", "config", "results", "costs", "environment", "seconds"}
     assert (written["experiment"], written["preset"]) == ("quickstart", "smoke")
     assert set(written["environment"]) == {"jax", "python", "devices"}
     assert set(written["results"]) == METHODS
     for method, results in written["results"].items():
-        assert set(results) >= METRICS
-        for summary in results.values():
+        assert set(results) == METRICS and set(written["costs"][method]) == COSTS
+        for summary in (*results.values(), *written["costs"][method].values()):
             assert set(summary) == {"mean", "std", "ci95", "values"} and len(summary["values"]) == 2
         assert results["acc"]["values"] == document["results"][method]["acc"]["values"]
         assert 0 <= results["acc"]["mean"] <= 1
@@ -67,14 +66,45 @@ def test_report_is_one_page_with_table_and_plots(smoke):
 
 def test_one_compilation_of_training_and_evaluation_whatever_the_seeds(smoke):
     # start, train and evaluate: no program of these strategies compiles twice.
-    for results in smoke[1]["results"].values():
-        assert results["compilations"]["values"] == [3, 3]
+    for costs in smoke[1]["costs"].values():
+        assert costs["compilations"]["values"] == [3, 3]
 
 
-def test_the_same_command_gives_the_same_numbers(smoke, tmp_path):
-    again = quickstart.main(["--preset", "smoke", "--out", str(tmp_path)])
-    for method in METHODS:
-        assert again["results"][method]["acc"]["values"] == smoke[1]["results"][method]["acc"]["values"]
+def test_the_same_settings_give_the_same_numbers(smoke, tmp_path):
+    quickstart.main(["--preset", "smoke", "--out", str(tmp_path)])
+    again, before = (json.loads((out / "metrics.json").read_text())["results"] for out in (tmp_path, smoke[0]))
+    assert again == before
+    for name in ("accuracy.csv", "history.csv"):
+        assert (tmp_path / name).read_bytes() == (smoke[0] / name).read_bytes()
+
+
+def test_a_finished_run_is_told_and_not_repeated(smoke, capsys, monkeypatch):
+    monkeypatch.setattr(continual, "run_seeds", None)
+    again = quickstart.main(["--preset", "smoke", "--out", str(smoke[0])])
+    assert again["results"] == json.loads((smoke[0] / "metrics.json").read_text())["results"]
+    assert "finished" in (told := capsys.readouterr().out) and "dkvb" in told
+
+
+def test_other_settings_in_the_same_folder_are_refused_by_name(smoke):
+    with pytest.raises(ValueError, match=r"out: got .* epochs 2 \(now 3\), pairs 32 \(now 16\); choose another folder"):
+        quickstart.main(["--preset", "smoke", "--out", str(smoke[0]), "--epochs", "3", "--pairs", "16"])
+
+
+@pytest.mark.parametrize("mesh", ["data", "data=two", "data=2,data=3,4"])
+def test_a_malformed_mesh_is_named(tmp_path, mesh):
+    with pytest.raises(ValueError, match=f"mesh: got {mesh}; write it as data=4,model=2"):
+        quickstart.main(["--preset", "smoke", "--out", str(tmp_path), "--mesh", mesh])
+
+
+def test_tensorboard_and_history_are_left(tmp_path):
+    quickstart.main(["--preset", "smoke", "--seeds", "1", "--tensorboard", "--out", str(tmp_path)])
+    assert {path.name for path in (tmp_path / "tensorboard").iterdir()} == METHODS
+    with (tmp_path / "history.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    # Two epochs of each of five tasks, or of one for joint training; loss and accuracy.
+    assert {method: sum(row["method"] == method for row in rows) for method in METHODS} == {
+        "naive": 20, "linear_probe": 20, "dkvb": 20, "joint": 4,
+    }  # fmt: skip
 
 
 @pytest.mark.skipif("JAXCL_DATA" not in os.environ, reason="JAXCL_DATA is not set")
@@ -103,12 +133,12 @@ def test_options_override_the_preset(monkeypatch):
     assert (seen[0].codebooks, seen[0].data, seen[0].preset, seen[0].pairs) == (3, "mnist", "smoke", 32)
 
 
-@pytest.mark.parametrize("name", ["quickstart", "dkvb"])
+@pytest.mark.parametrize("name", ["quickstart", "dkvb", "baselines"])
 def test_help_explains(name):
     text = subprocess.run(
         [sys.executable, "-m", f"experiments.{name}", "--help"], check=True, capture_output=True, text=True, cwd=ROOT
     ).stdout
-    assert "--preset" in text and "--seeds" in text and "minute" in text
+    assert "--preset" in text and "--seeds" in text and any(unit in text for unit in ("minute", "hour"))
 
 
 def test_bad_seeds_are_named():

@@ -1,0 +1,122 @@
+"""Batches on their way to the device: all examples laid there once, or a few batches read ahead by the host."""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from jaxcl.continual.programs import Resident, Streamed
+from jaxcl.continual.sharding import DATA, Layout
+from jaxcl.continual.streams import Examples, Selection
+
+_READERS, _READ_AHEAD = 2, 2  # threads, and calls' worth of batches that wait
+
+
+class Batching(NamedTuple):
+    """Batches that a program can take, the same for every task so that it is compiled once."""
+
+    size: int  # B
+    batches: int  # P, of the largest task
+    per_call: int  # batches in one call, at most
+
+
+class Call(NamedTuple):
+    """What one call of a program works on: batches `position` to `position + steps` of an epoch."""
+
+    source: Resident | Streamed
+    position: int
+    steps: int
+
+
+def is_streamed(examples: Examples) -> bool:
+    """Whether examples are read as they are needed, not laid on the device: unless they are arrays in memory.
+
+    Several processes always stream, so that each reads only its share.
+    """
+    in_memory = isinstance(examples.inputs, np.ndarray | jax.Array) and not isinstance(examples.inputs, np.memmap)
+    return not in_memory or jax.process_count() > 1
+
+
+class Feeder:
+    """The batches of one set of examples, or of one set a seed where seeds are trained together.
+
+    Args:
+        examples: one a seed; arrays of equal shapes, or for a single seed anything that `is_streamed`.
+        batching: how large batches are, and how many.
+        shared: whether all seeds have the same examples.
+        together: whether sources have a leading seed axis.
+        layout: where batches lie.
+    """
+
+    def __init__(
+        self, examples: Sequence[Examples], batching: Batching, *, shared: bool, together: bool, layout: Layout
+    ) -> None:
+        self._examples, self._together, self._layout, self._batching = examples[0], together, layout, batching
+        self._streamed = is_streamed(examples[0])
+        if not self._streamed:
+            whole = examples[0] if shared or not together else jax.tree.map(lambda *each: np.stack(each), *examples)
+            self._inputs, self._labels = layout.place(tuple(whole))
+
+    def steps(self, parts: Sequence[Selection]) -> int:
+        """The number of batches of the seed that has most."""
+        return -(-max(len(part.rows) for part in parts) // self._batching.size)
+
+    def calls(self, parts: Sequence[Selection], first: int = 0) -> Iterator[Call]:
+        """The batches of `parts` (one a seed) in their order, from number `first` on, a call's worth at a time."""
+        steps, per_call = self.steps(parts), self._batching.per_call
+        rows, tasks = self._filled(parts)
+        if self._streamed:
+            yield from self._read(rows, tasks, range(first, steps, per_call), steps)
+            return
+        rows, tasks = self._layout.place((rows, tasks), *(None,) * (rows.ndim - 1), DATA)
+        for position in range(first, steps, per_call):
+            yield Call(Resident(self._inputs, self._labels, rows, tasks), position, min(per_call, steps - position))
+
+    def _read(self, rows: np.ndarray, tasks: np.ndarray, starts: range, steps: int) -> Iterator[Call]:
+        try:
+            import grain  # noqa: PLC0415
+        except ImportError as error:
+            raise ImportError('reading examples as they are needed takes grain: pip install "jaxcl[data]"') from error
+        size, _, per_call = self._batching
+        shape = per_call, size
+        columns = self._layout.own_columns(shape)
+
+        def read(number: int) -> dict[int, Streamed]:
+            first = starts[number]
+            count = min(per_call, steps - first)
+            wanted, seen_as = np.full(shape, -1, np.int32), np.zeros(shape, np.int32)
+            wanted[:count], seen_as[:count] = rows[first : first + count], tasks[first : first + count]
+            real = wanted >= 0
+            wanted = np.where(real, wanted, np.where(real[:, :1], wanted[:, :1], wanted[0, 0]))
+            return {
+                start: self._piece(wanted[:, part], seen_as[:, part], real[:, part], first)
+                for start, part in columns.items()
+            }
+
+        ahead = (
+            grain.MapDataset.range(len(starts))
+            .map(read)
+            .to_iter_dataset(grain.ReadOptions(num_threads=_READERS, prefetch_buffer_size=_READ_AHEAD))
+        )
+        for first, pieces in zip(starts, ahead, strict=True):
+            yield Call(self._layout.join_columns(pieces, shape), first, min(per_call, steps - first))
+
+    def _piece(self, rows: np.ndarray, tasks: np.ndarray, real: np.ndarray, first: int) -> Streamed:
+        """Rows [P, B] read from the examples; what only fills up is a copy of its batch's first."""
+        wanted = rows.reshape(-1)
+        inputs, labels = np.asarray(self._examples.inputs[wanted]), np.asarray(self._examples.labels)[wanted]
+        inputs, labels = inputs.reshape(*rows.shape, *inputs.shape[1:]), labels.reshape(rows.shape)
+        return Streamed(inputs, labels, tasks, real.astype(np.float32), np.asarray(first, np.int32))
+
+    def _filled(self, parts: Sequence[Selection]) -> tuple[np.ndarray, np.ndarray]:
+        """Rows and tasks [P, B], with -1 and 0 to fill up; [S, P, B] together."""
+        size, batches, _ = self._batching
+        rows, tasks = (
+            np.full((len(parts), batches * size), -1, np.int32),
+            np.zeros((len(parts), batches * size), np.int32),
+        )
+        for seed, part in enumerate(parts):
+            rows[seed, : len(part.rows)], tasks[seed, : len(part.rows)] = part
+        shape = (len(parts), batches, size) if self._together else (batches, size)
+        return rows.reshape(shape), tasks.reshape(shape)

@@ -1,0 +1,39 @@
+"""Continual-learning methods: the contract, and one factory a method."""
+
+from jaxcl.continual.strategies.contract import (
+    Apply,
+    Batch,
+    Metrics,
+    Strategy,
+    cross_entropy,
+    does_nothing,
+    gradients_of,
+    predict_by,
+)
+from jaxcl.continual.strategies.key_value import Momentum, key_value_bottleneck
+from jaxcl.continual.strategies.regularisation import ewc, lwf, online_ewc, si, squared_gradients
+from jaxcl.continual.strategies.replay import a_gem, der_plus_plus, er
+from jaxcl.continual.strategies.sequential import linear_probe, naive
+
+__all__ = [
+    "Apply",
+    "Batch",
+    "Metrics",
+    "Momentum",
+    "Strategy",
+    "a_gem",
+    "cross_entropy",
+    "der_plus_plus",
+    "does_nothing",
+    "er",
+    "ewc",
+    "gradients_of",
+    "key_value_bottleneck",
+    "linear_probe",
+    "lwf",
+    "naive",
+    "online_ewc",
+    "predict_by",
+    "si",
+    "squared_gradients",
+]

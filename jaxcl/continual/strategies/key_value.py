@@ -1,0 +1,94 @@
+"""The discrete key-value bottleneck in training: only the fetched values learn."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxcl.bottleneck import Bottleneck, pair_numbers, vote
+from jaxcl.continual.strategies.contract import Batch, Metrics, Strategy, cross_entropy
+from jaxcl.trees import Rows
+from jaxcl.typing import Array, Key, PyTree, check_between
+
+
+class Momentum(NamedTuple):
+    """Momentum of a table of which few rows change a step, brought up to date only where it is read."""
+
+    velocity: Array  # [C, J, V], as of the step a pair was last fetched
+    touched: Array  # [C, J] int32, that step
+    step: Array  # [] int32, steps taken
+
+
+def key_value_bottleneck(
+    bottleneck: Bottleneck, *, classes: int | None = None, label_smoothing: float = 0.1, momentum: float = 0.0
+) -> Strategy:
+    """The values of a discrete key-value bottleneck learn, on indices looked up beforehand, and vote.
+
+    Inputs are indices [B, C, top_k] (any integer dtype; see `streams.map_inputs`), params the bottleneck's. Gradients
+    are `trees.Rows`, so the optimizer is `bottleneck.sparse_sgd`; equal to the dense rule, at the cost of the rows.
+
+    Momentum would move every value at every step. But a value that is not fetched coasts: under velocity w, the sum of
+    past updates decayed by mu a step, it will come to rest at q = p + mu w / (1 - mu), and an update u moves q by
+    u / (1 - mu) and nothing else does. So the table holds q, and a fetched row's p follows from q and its own w. The
+    learning rate must be constant.
+
+    Args:
+        bottleneck: what `bottleneck.discrete_key_value_bottleneck` made.
+        classes: K, where values are wider than that and the rest of them is padding; None takes V.
+        label_smoothing: see `cross_entropy`; 0.1 is published.
+        momentum: mu, from 0 to below 1; the published recipe has none.
+    """
+    check_between("label_smoothing", label_smoothing, 0, 1)
+    check_between("momentum", momentum, 0, 1 - 1e-6)
+    coasting = momentum / (1 - momentum)
+
+    def numbers_of(state: PyTree, params: PyTree, indices: Array) -> Array:
+        return pair_numbers(indices, params["values"].shape[1])
+
+    def velocity_at(state: Momentum, numbers: Array) -> Array:
+        width = state.velocity.shape[-1]
+        age = state.step - state.touched.reshape(-1)[numbers]
+        return state.velocity.reshape(-1, width)[numbers] * momentum ** age[..., None].astype(jnp.float32)
+
+    def fetch(params: PyTree, state: PyTree, indices: Array) -> Array:
+        values = bottleneck.read(params, indices)
+        if momentum:
+            values -= coasting * velocity_at(state, numbers_of(state, params, indices))
+        return values
+
+    def answer(values: Array) -> Array:
+        if classes is not None:
+            check_between("classes", classes, 1, values.shape[-1])
+        return vote(values)[..., :classes]
+
+    def init(key: Key, params: PyTree, batch: Batch) -> PyTree:
+        if not momentum:
+            return ()
+        values = params["values"]
+        return Momentum(jnp.zeros_like(values), jnp.zeros(values.shape[:2], jnp.int32), jnp.int32(0))
+
+    def gradients(key: Key, params: PyTree, state: PyTree, batch: Batch) -> tuple[PyTree, Metrics]:
+        def loss(values: Array) -> tuple[Array, Metrics]:
+            return cross_entropy(answer(values), batch, label_smoothing=label_smoothing)
+
+        grads, metrics = jax.grad(loss, has_aux=True)(fetch(params, state, batch.inputs))
+        return {"values": Rows(numbers_of(state, params, batch.inputs), grads)}, metrics
+
+    def after_update(
+        key: Key, params: PyTree, state: PyTree, batch: Batch, grads: PyTree, updates: PyTree
+    ) -> tuple[PyTree, PyTree]:
+        if not momentum:
+            return updates, state
+        numbers, change = updates["values"]
+        state = state._replace(step=state.step + 1)
+        velocity = state.velocity.reshape(-1, change.shape[-1])
+        # Rows fetched twice in a batch are set twice to the same decayed velocity, then each update is added.
+        velocity = velocity.at[numbers].set(velocity_at(state, numbers)).at[numbers].add(change)
+        touched = state.touched.reshape(-1).at[numbers].set(state.step).reshape(state.touched.shape)
+        state = state._replace(velocity=velocity.reshape(state.velocity.shape), touched=touched)
+        return {"values": Rows(numbers, change / (1 - momentum))}, state
+
+    def predict(params: PyTree, state: PyTree, inputs: Array, task: Array | None) -> Array:
+        return answer(fetch(params, state, inputs))
+
+    return Strategy(gradients, predict, init, after_update=after_update)
