@@ -1,0 +1,324 @@
+"""What the main programs cost on TPUs: compiled for each kind of chip, with no TPU at hand.
+
+libtpu, which compiles for TPUs, runs anywhere: pip install "jaxcl[tpu]". The programs are those that continual.run
+calls on a mesh of all chips, one step a call, batches split over the chips; and what is called before a run, on frozen
+features. Each row is for one device, which is a chip, or one of the two cores of v2, v3 and v4:
+
+* memory for the arguments (with the whole data set, which lies on every device), temporaries and outputs, and for all
+of them at once, since outputs take the place of arguments that are consumed;
+
+* FLOPs and bytes accessed in one step, as the compiler counts them;
+
+* the time this takes at least: FLOPs at the chip's peak, or bytes at its memory's bandwidth, whichever is longer. What
+passes between devices (collectives, counted in the next column but one) and all waiting come on top;
+
+* roofline: the share of that time that the arithmetic takes, and which of the two limits the step.
+
+The compiler counts bytes that never leave the chip too: memory can limit less than it seems. And it counts what is in a
+loop once, and a product in full precision as if it were one in bfloat16, of which it takes six: FLOPs, bytes and times
+are too low where a + follows. Only a profile on a TPU says what a step takes; this says where to look, and what fits.
+
+python -m experiments.tpu_report --topologies v5e:2x4 --steps resnet18_naive_train resnet18_ewc_train --effort -1
+"""
+
+import dataclasses
+import importlib.util
+import os
+import re
+import sys
+from collections import Counter
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import tyro
+from jax.experimental import topologies
+from jax.sharding import Mesh
+from tqdm import tqdm
+
+from experiments.card import Card
+from jaxcl import bottleneck, continual, nearest, nets, report
+from jaxcl.continual import Strategy, streams
+from jaxcl.continual.programs import Resident, Tables, compile_programs
+from jaxcl.continual.sharding import DATA, MODEL, Layout
+from jaxcl.typing import PyTree, bad_argument, check_between, check_choice
+
+CARDS = {
+    "": Card("40 min, estimated from v5e", "a table: memory, and what limits each program, on v4, v5e, v5p and v6e"),
+    "--effort -1": Card("8 min", "the same of less optimised programs: temporaries mean little"),
+}
+
+CLASSES, CLASSES_PER_TASK = 10, 2
+
+
+class Chip(NamedTuple):
+    """Peak figures of one chip."""
+
+    flops: float  # a second, in bfloat16
+    bandwidth: float  # bytes a second, of its memory (HBM)
+
+
+# v2: Jouppi et al. 2020, A domain-specific supercomputer for training deep neural networks. The others: Google's page
+# on each, docs.cloud.google.com/tpu/docs/v3 and so on.
+CHIPS = {
+    "v2": Chip(46e12, 700e9),
+    "v3": Chip(123e12, 900e9),
+    "v4": Chip(275e12, 1200e9),
+    "v5e": Chip(197e12, 819e9),
+    "v5p": Chip(459e12, 2765e9),
+    "v6e": Chip(918e12, 1638e9),
+}
+
+
+class Program(NamedTuple):
+    """A function and what it is compiled for."""
+
+    function: Any  # jitted
+    arguments: tuple[PyTree, ...]  # shapes, dtypes and shardings
+
+
+class Learner(NamedTuple):
+    """What a network is trained with."""
+
+    network: Any  # a Linen module
+    examples: tuple[int, ...]  # [N, ...], of the data set
+    batch_size: int
+
+
+MLP = Learner(nets.MLP((256, 256), CLASSES), (60_000, 784), 4096)
+RESNET18 = Learner(nets.ResNet18(CLASSES), (50_000, 32, 32, 3), 1024)
+EWC = partial(continual.ewc, strength=1.0)
+
+
+def of_loop(
+    layout: Layout,
+    member: str,
+    strategy: Strategy,
+    tx: optax.GradientTransformation,
+    params: PyTree,
+    inputs: jax.ShapeDtypeStruct,
+    batch_size: int,
+) -> Program:
+    """The program `member` of `continual.run` on a class-incremental stream in memory.
+
+    Args:
+        layout: of all devices.
+        member: a name in `continual.programs.Programs`, "train" or "observe".
+        strategy: the method.
+        tx: the optimizer.
+        params: of any shapes; their values do not matter.
+        inputs: [N, ...], of the whole data set.
+        batch_size: B.
+    """
+    few = continual.Examples(np.zeros((CLASSES, *inputs.shape[1:]), inputs.dtype), np.arange(CLASSES))
+    stream = streams.class_incremental(None, few, few, classes_per_task=CLASSES_PER_TASK)
+    programs = compile_programs(
+        strategy, tx, stream.pipeline, steps_per_call=1, layout=layout, together=False, shared=True
+    )
+    whole = partial(placed, layout)
+    count, batches = inputs.shape[0], -(-inputs.shape[0] // batch_size)
+    rows = placed(layout, jax.ShapeDtypeStruct((batches, batch_size), jnp.int32), None, DATA)
+    source = Resident(whole(inputs), whole(jax.ShapeDtypeStruct((count,), jnp.int32)), rows, rows)
+    tables = whole(Tables(jnp.asarray(stream.eligible), stream.view_table))
+    key, number = whole(jax.eval_shape(jax.random.key, 0)), jax.ShapeDtypeStruct((), jnp.int32)
+    state = jax.eval_shape(programs.start, key, split(layout, params), tables, source)
+    arguments = key, split(layout, state), tables, source, number, number, number
+    return Program(getattr(programs, member), arguments)
+
+
+def of_learner(
+    layout: Layout, member: str, strategy_of: Callable[[continual.strategies.Apply], Strategy], learner: Learner
+) -> Program:
+    """`of_loop` for a network under Adam."""
+    inputs = jax.ShapeDtypeStruct(learner.examples, jnp.float32)
+    example = jax.ShapeDtypeStruct((1, *learner.examples[1:]), jnp.float32)
+    params = jax.eval_shape(learner.network.init, jax.eval_shape(jax.random.key, 0), example)
+    strategy = strategy_of(learner.network.apply)
+    return of_loop(layout, member, strategy, optax.adam(1e-3), params, inputs, learner.batch_size)
+
+
+def of_bottleneck(layout: Layout, member: str) -> Program:
+    """A step of the key-value bottleneck at its published size, on features as wide as EfficientNet-lite0's."""
+    width, batch_size = 1280, 256
+    layer = bottleneck.discrete_key_value_bottleneck(width, CLASSES)
+    key = jax.eval_shape(jax.random.key, 0)
+    params, state = jax.eval_shape(layer.init, key)
+    if member == "train":
+        indices = jax.ShapeDtypeStruct((50_000, *state.usage.shape[:1], 1), jnp.uint16)
+        strategy, tx = continual.key_value_bottleneck(layer), bottleneck.sparse_sgd(0.3, max_norm=1.0)
+        return of_loop(layout, member, strategy, tx, params, indices, batch_size)
+    features = placed(layout, jax.ShapeDtypeStruct((batch_size, width), jnp.float32), DATA)
+    stored = placed(layout, params), placed(layout, state), features
+    if member == "lookup":
+        return Program(jax.jit(layer.lookup), stored)
+    return Program(jax.jit(layer.fit_keys), (placed(layout, key), *stored))
+
+
+def of_search(layout: Layout) -> Program:
+    """The nearest of 65,536 codes to each of 65,536 vectors, 128 wide, which are split over devices."""
+    vectors = jax.ShapeDtypeStruct((65_536, 128), jnp.float32)
+    return Program(jax.jit(nearest.nearest_codes), (placed(layout, vectors, DATA), placed(layout, vectors)))
+
+
+# A new method's steps go here: {name: function from a layout of all devices to what is to be compiled}.
+STEPS: dict[str, Callable[[Layout], Program]] = {
+    "mlp_naive_train": partial(of_learner, member="train", strategy_of=continual.naive, learner=MLP),
+    "mlp_ewc_train": partial(of_learner, member="train", strategy_of=EWC, learner=MLP),
+    "mlp_ewc_observe": partial(of_learner, member="observe", strategy_of=EWC, learner=MLP),
+    "resnet18_naive_train": partial(of_learner, member="train", strategy_of=continual.naive, learner=RESNET18),
+    "resnet18_ewc_train": partial(of_learner, member="train", strategy_of=EWC, learner=RESNET18),
+    "resnet18_ewc_observe": partial(of_learner, member="observe", strategy_of=EWC, learner=RESNET18),
+    "dkvb_train": partial(of_bottleneck, member="train"),
+    "dkvb_lookup": partial(of_bottleneck, member="lookup"),
+    "dkvb_fit_keys": partial(of_bottleneck, member="fit_keys"),
+    "nearest": of_search,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """What to compile for what."""
+
+    topologies: tuple[str, ...] = ("v4:2x2x1", "v5e:2x4", "v5p:2x2x1", "v6e:2x4")
+    """Kinds of chips and how they are laid out; v2:2x2, v3:2x2 and v5e:4x4 are others."""
+    steps: tuple[str, ...] = tuple(STEPS)
+    """Programs."""
+    effort: float = 0.0
+    """How hard the compiler looks for fast code, from -1 to 1. 0 is what a run compiles with; -1 takes a twentieth of
+    the time for a residual network, but shows programs that need far more memory for temporaries."""
+    out: Path | None = None
+    """Folder for tpu_report.json, which holds the table's numbers unrounded; none is written if not given."""
+
+
+def placed(layout: Layout, tree: PyTree, *axes: str | None) -> PyTree:
+    """Leaves as abstract arrays, split by `layout.named(*axes)`."""
+    sharding: Any = layout.named(*axes)
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree)
+
+
+def split(layout: Layout, state: PyTree) -> PyTree:
+    """Leaves as abstract arrays, split as a state is."""
+
+    def leaf(leaf: Any) -> jax.ShapeDtypeStruct:
+        sharding: Any = layout.of_state(leaf.shape)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    return jax.tree.map(leaf, state)
+
+
+def compile_only() -> None:
+    """Lets JAX compile for TPUs and look for none.
+
+    What it sets counts if it is set before JAX starts its backends, at the first array or the first look at devices;
+    so no module may do either while it is imported.
+
+    Raises:
+        ImportError: there is no libtpu.
+        RuntimeError: JAX runs on something else than CPU already.
+    """
+    if importlib.util.find_spec("libtpu") is None:
+        raise ImportError('compiling for TPUs takes libtpu: pip install "jaxcl[tpu]"')
+    # libtpu would else ask a server in Google's network what machine this is, complain that it is none of theirs, and
+    # let one process at a time load it.
+    os.environ |= {
+        "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5e-8",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    }  # fmt: skip
+    jax.config.update("jax_platforms", "cpu")
+    if jax.default_backend() != "cpu":
+        raise RuntimeError(
+            f"JAX runs on {jax.default_backend()} already: run this in a process of its own, python -m "
+            "experiments.tpu_report"
+        )
+
+
+def measure(topology: str, step: str) -> dict[str, Any]:
+    """The entry of one program in the report: plain numbers, for one device and one step."""
+    devices: Any = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+    layout = Layout(Mesh(np.asarray(devices).reshape(-1, 1), (DATA, MODEL)))
+    function, arguments = STEPS[step](layout)
+    compiled = function.lower(*arguments).compile()
+    memory, costs, text = compiled.memory_analysis(), compiled.cost_analysis(), compiled.as_text()
+    chips = len({tuple(device.coords) for device in devices})
+    flops, bandwidth = (peak * chips / len(devices) for peak in CHIPS[topology.partition(":")[0]])
+    arithmetic, traffic = costs["flops"] / flops, costs["bytes accessed"] / bandwidth
+    kinds = "all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute"
+    return {
+        "devices": len(devices),
+        "argument_bytes": memory.argument_size_in_bytes,
+        "temporary_bytes": memory.temp_size_in_bytes,
+        "output_bytes": memory.output_size_in_bytes,
+        "memory_bytes": memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes
+        - memory.alias_size_in_bytes,
+        "flops": costs["flops"],
+        "bytes_accessed": costs["bytes accessed"],
+        "seconds": max(arithmetic, traffic),
+        "roofline": arithmetic / max(arithmetic, traffic),
+        "limited_by": "arithmetic" if arithmetic >= traffic else "memory",
+        "collectives": dict(Counter(re.findall(rf" ({kinds})(?:-start)?\(", text))),
+        "loops": len(re.findall(r" while\(", text)),
+        "full_precision_products": len(re.findall(r"operand_precision={highest", text)),
+    }  # fmt: skip
+
+
+def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
+    """Compiles, prints the table, writes the file and returns what is in it."""
+    config = tyro.cli(Config, args=argv, description=__doc__)
+    for step in config.steps:
+        check_choice("steps", step, STEPS)
+    for topology in config.topologies:
+        if topology.partition(":")[0] not in CHIPS:
+            raise bad_argument("topologies", topology, f"write it as v5e:2x4; chips are {', '.join(CHIPS)}")
+    check_between("effort", config.effort, -1, 1)
+    compile_only()
+    jax.config.update("jax_exec_time_optimization_effort", config.effort)
+    entries = []
+    pairs = [(topology, step) for topology in config.topologies for step in config.steps]
+    for topology, step in (bar := tqdm(pairs, unit="program", dynamic_ncols=True)):
+        bar.set_description(f"{topology} {step}")
+        try:
+            costs = measure(topology, step)
+        except Exception as error:  # of one program; the others may compile
+            costs = {"error": (str(error) or repr(error)).splitlines()[0]}
+        entries.append({"topology": topology, "step": step} | costs)
+    print(table_of(entries))
+    if config.out:
+        report.write_json(config.out / "tpu_report.json", {"jax": jax.__version__, "programs": entries})
+        print(f"Wrote {config.out}/tpu_report.json.")
+    return entries
+
+
+def table_of(entries: Sequence[dict[str, Any]]) -> str:
+    """The table as text, a row an entry."""
+    headings = [
+        "topology", "program", "arguments MiB", "temporaries", "outputs", "at once", "GFLOP", "MiB accessed", "ms",
+        "roofline %", "collectives", "limited by",
+    ]  # fmt: skip
+    return report.text_table([headings, *map(_row, entries)], names=2)
+
+
+def _row(entry: dict[str, Any]) -> list[str]:
+    names = [entry["topology"], entry["step"]]
+    if "error" in entry:
+        return [*names, *["-"] * 9, entry["error"]]
+    parts = "argument_bytes", "temporary_bytes", "output_bytes", "memory_bytes"
+    low = "+" if entry["loops"] or entry["full_precision_products"] else ""
+    return [
+        *names,
+        *(f"{entry[part] / 2**20:,.1f}" for part in parts),
+        f"{entry['flops'] / 1e9:,.3f}{low}",
+        f"{entry['bytes_accessed'] / 2**20:,.1f}{low}",
+        f"{entry['seconds'] * 1e3:,.3f}{low}",
+        f"{entry['roofline'] * 100:.0f}",
+        str(sum(entry["collectives"].values())),
+        entry["limited_by"],
+    ]
+
+
+if __name__ == "__main__":
+    sys.exit(any("error" in entry for entry in main()))
