@@ -67,17 +67,14 @@ def _avalanche(name: Set) -> Step:
     train, test = _examples(name)
     torch.manual_seed(0)
 
-    class Labelled(TensorDataset):
-        """Avalanche wants the labels as `targets`."""
-
-        def __init__(self, inputs: torch.Tensor, targets: torch.Tensor) -> None:
-            super().__init__(inputs, targets)
-            self.targets = targets
+    def labelled(inputs: np.ndarray, labels: np.ndarray) -> object:
+        part = TensorDataset(torch.from_numpy(inputs), torch.from_numpy(labels).long())
+        part.targets = part.tensors[1]  # where Avalanche looks for labels
+        return as_classification_dataset(part)
 
     def tasks(inputs: np.ndarray, labels: np.ndarray) -> list[object]:
         parts = [np.isin(labels, (2 * task, 2 * task + 1)) for task in range(TASKS)]
-        sets = [Labelled(torch.from_numpy(inputs[part]), torch.from_numpy(labels[part]).long()) for part in parts]
-        return [as_classification_dataset(part) for part in sets]
+        return [labelled(inputs[part], labels[part]) for part in parts]
 
     benchmark = benchmark_from_datasets(train=tasks(*train), test=tasks(*test))
     widths = (train[0].shape[1], *hidden)
