@@ -7,7 +7,7 @@ batches of 32, where the loop is. Compilation happens once, before the first rou
 """
 
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -68,7 +68,7 @@ def _avalanche(name: Set) -> Step:
     torch.manual_seed(0)
 
     def labelled(inputs: np.ndarray, labels: np.ndarray) -> object:
-        part = TensorDataset(torch.from_numpy(inputs), torch.from_numpy(labels).long())
+        part: Any = TensorDataset(torch.from_numpy(inputs), torch.from_numpy(labels).long())
         part.targets = part.tensors[1]  # where Avalanche looks for labels
         return as_classification_dataset(part)
 
