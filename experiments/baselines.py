@@ -25,10 +25,9 @@ import optax
 from experiments import compare
 from experiments.card import Card
 from experiments.common import Run, RunConfig, load_features, parse_command
-from experiments.keys import fit_and_look_up
+from experiments.keys import train_bottleneck
 from jaxcl import bottleneck, continual, nets
 from jaxcl.continual import Strategy, Stream, streams
-from jaxcl.typing import Key
 
 CARDS = {
     "--preset smoke": Card("1 min", "that it runs: accuracies after an epoch on 600 images say nothing"),
@@ -152,7 +151,14 @@ def run(config: Config) -> dict[str, Any]:
     strategies = _strategies(config, net)
     for name in config.methods:
         if name == "dkvb":
-            _bottleneck(run, config, tasks, [key[1] for key in keys], run_keys, **steps)
+            layer = bottleneck.discrete_key_value_bottleneck(
+                tasks[0].train.inputs.shape[1], 10, codebooks=config.codebooks, pairs=config.pairs,
+                key_width=config.key_width,
+            )  # fmt: skip
+            train_bottleneck(
+                run, layer, config.dkvb_learning_rate, tasks, [key[1] for key in keys], run_keys,
+                key_epochs=config.key_epochs, key_batch_size=config.key_batch_size, **steps,
+            )  # fmt: skip
             continue
         of_method = [streams.joint(stream) for stream in tasks] if name == "joint" else tasks
         run.train(name, strategies[name], optax.adam(config.learning_rate), params, of_method, run_keys, **steps)
@@ -183,20 +189,6 @@ def _strategies(config: Config, net: nets.MLP) -> dict[Method, Strategy]:
         "a_gem": continual.a_gem(net.apply, **memory),
         "joint": continual.naive(net.apply),
     }
-
-
-def _bottleneck(
-    run: Run, config: Config, tasks: Sequence[Stream], init_keys: Sequence[Key], keys: Key, **steps: Any
-) -> None:
-    features = jnp.asarray(tasks[0].train.inputs)
-    layer = bottleneck.discrete_key_value_bottleneck(
-        features.shape[1], 10, codebooks=config.codebooks, pairs=config.pairs, key_width=config.key_width
-    )
-    params, indexed, stages = fit_and_look_up(
-        run, layer, features, tasks, init_keys, epochs=config.key_epochs, batch_size=config.key_batch_size
-    )
-    tx = bottleneck.sparse_sgd(config.dkvb_learning_rate, max_norm=1.0)
-    run.train("dkvb", continual.key_value_bottleneck(layer), tx, params, indexed, keys, stages=stages, **steps)
 
 
 if __name__ == "__main__":

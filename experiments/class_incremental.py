@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from experiments.common import Run, RunConfig, load_features
-from experiments.keys import fit_and_look_up
+from experiments.keys import train_bottleneck
 from jaxcl import bottleneck, continual, nets
 from jaxcl.continual import Stream, streams
 from jaxcl.typing import Key
@@ -97,19 +97,16 @@ def _linear_probe(run: Run, config: Config, tasks: Sequence[Stream], keys: Key) 
 
 
 def _bottleneck(run: Run, config: Config, tasks: Sequence[Stream], init_keys: Sequence[Key], keys: Key) -> None:
-    features = jnp.asarray(tasks[0].train.inputs)
     layer = bottleneck.discrete_key_value_bottleneck(
-        features.shape[1],
+        tasks[0].train.inputs.shape[1],
         tasks[0].eligible.shape[1],
         codebooks=config.codebooks,
         pairs=config.pairs,
         key_width=config.key_width,
         top_k=config.top_k,
     )
-    params, indexed, stages = fit_and_look_up(
-        run, layer, features, tasks, init_keys, epochs=config.key_epochs, batch_size=config.key_batch_size
-    )
-    run.train(
-        "dkvb", continual.key_value_bottleneck(layer), bottleneck.sparse_sgd(config.learning_rate, max_norm=1.0),
-        params, indexed, keys, epochs=config.epochs, batch_size=config.batch_size, steps_per_call=64, stages=stages,
+    train_bottleneck(
+        run, layer, config.learning_rate, tasks, init_keys, keys,
+        key_epochs=config.key_epochs, key_batch_size=config.key_batch_size,
+        epochs=config.epochs, batch_size=config.batch_size, steps_per_call=64,
     )  # fmt: skip

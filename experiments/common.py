@@ -89,19 +89,22 @@ class Run:
         experiment: its name.
 
     Raises:
-        ValueError: the folder holds a run of another configuration, or no seeds are asked for.
+        ValueError: the folder holds a run of another configuration, no seeds are asked for, or several processes
+            without a mesh.
     """
 
     def __init__(self, config: RunConfig, experiment: str) -> None:
         check_at_least("seeds", config.seeds, 1)
         logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax tells the course of each save, and errors twice
         if config.distributed:
+            if not config.mesh:
+                raise bad_argument("distributed", True, "say with --mesh, as data=8, what each of all devices is for")
             _join_processes()
         self._config, self._experiment, self._began = config, experiment, time.perf_counter()
         self._settings = _plain(dataclasses.asdict(config))
         self._writes = jax.process_index() == 0
         self._mesh = sharding.make_mesh(_axes(config.mesh)) if config.mesh else None
-        self.results: dict[str, list[Result]] = {}
+        self._results: dict[str, list[Result]] = {}
         self._costs: dict[str, dict[str, Any]] = {}
         path = config.out / "config.json"
         if path.exists():
@@ -133,10 +136,11 @@ class Run:
         steps_per_call: int | None = None,
         together: bool = False,
         stages: Sequence[FeatureStage] = (),
-    ) -> list[Result]:
+    ) -> None:
         """`continual.run_seeds` with checkpoints, a progress bar and TensorBoard; keeps the results under `name`.
 
-        `stages`, one a seed, is what was done to the streams before, and counts towards bytes and seconds.
+        `stages`, one a seed, is what was done to the streams before, and counts towards bytes and seconds. On a mesh
+        seeds are trained in turn whatever `together` says.
         """
         out = self._config.out
         with ExitStack() as stack:
@@ -152,14 +156,14 @@ class Run:
                     watchers.append(stack.enter_context(report.TensorBoard(out / "tensorboard" / name)))
             results = continual.run_seeds(
                 keys, strategy, tx, params, streams, epochs=epochs, batch_size=batch_size,
-                steps_per_call=steps_per_call, together=together, mesh=self._mesh,
+                steps_per_call=steps_per_call, together=together and not self._mesh, mesh=self._mesh,
                 checkpoint=Checkpoint(out / "checkpoints" / name, self._config.checkpoint_seconds),
                 callback=watch,
             )  # fmt: skip
         for seed, stage in enumerate(stages):
             result = results[seed]
             results[seed] = result._replace(bytes=result.bytes + stage.bytes, seconds=result.seconds + stage.seconds)
-        self.results[name] = results
+        self._results[name] = results
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         self._costs[name] = _over_seeds(
             seconds=[r.seconds for r in results],
@@ -167,16 +171,15 @@ class Run:
             peak_memory=[peak for _ in results],
             compilations=[sum(r.compilations.values()) for r in results],
         )
-        return results
 
     def finish(self) -> dict[str, Any]:
         """Writes metrics.json, accuracy.csv, history.csv and report.html; returns what is in metrics.json."""
-        accuracy = {method: np.stack([r.accuracy for r in of_seeds]) for method, of_seeds in self.results.items()}
+        accuracy = {method: np.stack([r.accuracy for r in of_seeds]) for method, of_seeds in self._results.items()}
         document: dict[str, Any] = {
             "experiment": self._experiment,
             "preset": self._config.preset,
             "config": self._settings,
-            "results": {method: _results(of_seeds) for method, of_seeds in self.results.items()},
+            "results": {method: _results(of_seeds) for method, of_seeds in self._results.items()},
             "costs": self._costs,
             "environment": {
                 "jax": jax.__version__,
@@ -220,7 +223,7 @@ class Run:
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(["method", "seed", "stage", "epoch", "metric", "value"])
-        for method, of_seeds in self.results.items():
+        for method, of_seeds in self._results.items():
             for seed, result in enumerate(of_seeds):
                 for entry in result.history:
                     values = {name: value for name, value in entry.items() if name not in ("stage", "epoch")}

@@ -1,19 +1,53 @@
-"""The key-value bottleneck's feature stage, which several experiments share: keys are fitted, then looked up once."""
+"""The key-value bottleneck in two stages, as several experiments train it: keys are fitted, then only values learn."""
 
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from experiments.common import FeatureStage, Run
-from jaxcl import bottleneck, trees
+from jaxcl import bottleneck, continual, trees
 from jaxcl.bottleneck import Bottleneck
 from jaxcl.continual import Stream, streams
 from jaxcl.typing import ArrayLike, Key, PyTree
 
 
-def fit_and_look_up(
+def train_bottleneck(
+    run: Run,
+    layer: Bottleneck,
+    learning_rate: float,
+    tasks: Sequence[Stream],
+    init_keys: Sequence[Key],
+    keys: Key,
+    *,
+    key_epochs: int,
+    key_batch_size: int,
+    **steps: Any,
+) -> None:
+    """Fits the keys to the features of the first seed's stream without labels, then trains the values of each seed.
+
+    Args:
+        run: keeps the results as "dkvb".
+        layer: the bottleneck.
+        learning_rate: of gradient descent on the values; the global norm is clipped to 1.
+        tasks: one stream a seed, of features [N, D].
+        init_keys: one a seed; consumed.
+        keys: [S], one a seed, for training; consumed.
+        key_epochs: passes over the features.
+        key_batch_size: examples in a step of key fitting.
+        steps: further arguments of `Run.train`.
+    """
+    features = jnp.asarray(tasks[0].train.inputs)
+    params, indexed, stages = _fit_and_look_up(
+        run, layer, features, tasks, init_keys, epochs=key_epochs, batch_size=key_batch_size
+    )
+    tx = bottleneck.sparse_sgd(learning_rate, max_norm=1.0)
+    run.train("dkvb", continual.key_value_bottleneck(layer), tx, params, indexed, keys, stages=stages, **steps)
+
+
+def _fit_and_look_up(
     run: Run,
     layer: Bottleneck,
     features: ArrayLike,
@@ -23,17 +57,7 @@ def fit_and_look_up(
     epochs: int,
     batch_size: int,
 ) -> tuple[list[PyTree], list[Stream], list[FeatureStage]]:
-    """For each seed: the bottleneck's initial params, the stream of indices [N, C, top_k] uint16, and what it took.
-
-    Args:
-        run: shows the progress.
-        layer: the bottleneck.
-        features: [N, D], which its keys are fitted to without labels.
-        tasks: one stream a seed, of features [N, D].
-        keys: one a seed; consumed.
-        epochs: passes over the features.
-        batch_size: examples in a step of key fitting.
-    """
+    """For each seed: the bottleneck's initial params, the stream of indices [N, C, top_k] uint16, and what it took."""
     lookup = jax.jit(layer.lookup)
     params, indexed, stages = [], [], []
     with run.bar("dkvb keys", len(tasks) * (epochs + 1), "epoch") as bar:

@@ -47,6 +47,11 @@ class RandomAccess(Protocol):
         """Examples [M, ...] of the rows [M], which are integers in [0, N), in their order; threads may ask at once."""
 
 
+def is_resident(inputs: ArrayLike | RandomAccess) -> bool:
+    """Whether inputs are an array in memory, of the host or of a device; a memmap is not."""
+    return isinstance(inputs, np.ndarray | jax.Array) and not isinstance(inputs, np.memmap)
+
+
 def bad_argument(argument: str, value: object, fix: str) -> ValueError:
     """The one form of jaxcl's errors: which argument, the value it had, what would be right."""
     return ValueError(f"{argument}: got {value}; {fix}")

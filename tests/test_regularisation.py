@@ -1,8 +1,4 @@
-"""EWC, online EWC, SI and LwF: penalties and gradients against NumPy by hand, then whole runs against NumPy loops.
-
-The network is a linear softmax classifier. Of one example x with label y, p the softmax over its eligible classes, the
-gradient of cross entropy is e = p - onehot(y) in the bias and x e^T in the kernel; everything else follows from that.
-"""
+"""EWC, online EWC, SI and LwF: penalties and gradients against NumPy by hand, then whole runs against NumPy loops."""
 
 import functools
 
@@ -14,84 +10,37 @@ import pytest
 from helpers import assert_close
 from scipy.special import log_softmax, softmax
 from scipy.stats import chi2
+from softmax import (
+    KEY,
+    ONCE,
+    D,
+    K,
+    apply,
+    both_ways,
+    chained,
+    flat,
+    logits_by_hand,
+    make_batch,
+    make_params,
+    make_stream,
+    mean_gradient,
+    own_gradients,
+    plain,
+    probe,
+    wrapped,
+)
 
-from jaxcl.continual import Batch, Examples, ewc, lwf, naive, online_ewc, run, run_seeds, si, streams
+from jaxcl.continual import Batch, ewc, lwf, naive, online_ewc, run, run_seeds, si
 from jaxcl.continual.strategies import squared_gradients
 from jaxcl.continual.strategies.regularisation import PathState
 from jaxcl.trees import apply_updates
 
 pytestmark = pytest.mark.core
 
-D, K = 3, 4
-KEY = jax.random.key(0)
-
-
-def plain(function):
-    """In place of `jax.jit`."""
-    return function
-
-
-both_ways = pytest.mark.parametrize("wrap", [plain, jax.jit])
-
-
-def apply(params, inputs):
-    kernel = params["kernel"]
-    return inputs.reshape(len(inputs), -1).astype(kernel.dtype) @ kernel + params["bias"]
-
-
-def make_params(seed=0, *, classes=K, dtype=np.float32):
-    random = np.random.default_rng(seed)
-    return {
-        "bias": jnp.asarray(random.normal(size=classes), dtype),
-        "kernel": jnp.asarray(random.normal(size=(D, classes)), dtype),
-    }
-
-
-def make_batch(labels, *, seed=0, eligible=None, padding=0, task=0, classes=K):
-    """An example a label; `eligible` classes or all; the last `padding` rows only fill up, with large values."""
-    labels = np.asarray(labels, np.int32)
-    inputs = np.random.default_rng([7, seed]).normal(size=(len(labels), D)).astype(np.float32)
-    weights = np.ones(len(labels), np.float32)
-    if padding:
-        weights[-padding:] = 0
-        inputs[-padding:] = 100
-    allowed = np.zeros((len(labels), classes), bool)
-    allowed[:, list(range(classes) if eligible is None else eligible)] = True
-    return Batch(inputs, labels, weights, allowed, np.int32(task))
-
-
-def flat(tree):
-    """Bias and kernel as one vector in float64."""
-    return np.concatenate([np.ravel(np.float64(tree["bias"])), np.ravel(np.float64(tree["kernel"]))])
-
-
-def logits_by_hand(params, inputs):
-    return np.float64(inputs) @ np.float64(params["kernel"]) + np.float64(params["bias"])
-
-
-def own_gradients(params, batch):
-    """Each example's own gradient of cross entropy, as rows [B, K + D K]."""
-    logits = np.where(batch.eligible, logits_by_hand(params, batch.inputs), -np.inf)
-    return chained(softmax(logits, axis=1) - np.eye(logits.shape[1])[batch.labels], batch)
-
-
-def chained(error, batch):
-    """Gradients in the parameters, rows [B, K + D K], from those in the logits [B, K]."""
-    return np.concatenate([error, (np.float64(batch.inputs)[:, :, None] * error[:, None]).reshape(len(error), -1)], 1)
-
-
-def mean_gradient(params, batch):
-    return np.average(own_gradients(params, batch), axis=0, weights=batch.weights)
-
 
 def fisher_by_hand(params, *batches):
     squares = [own_gradients(params, batch) ** 2 for batch in batches]
     return np.average(np.concatenate(squares), axis=0, weights=np.concatenate([batch.weights for batch in batches]))
-
-
-def wrapped(strategy, wrap):
-    members = ("gradients", "init", "begin_task", "after_update", "observe", "end_task")
-    return strategy._replace(**{name: wrap(getattr(strategy, name)) for name in members})
 
 
 def learned(strategy, params, state, *batches):
@@ -441,7 +390,7 @@ def distillation_by_hand(params, teacher, batch, groups, temperature):
         target = softmax(was[:, group], axis=1)
         value = value - (target * log_softmax(now[:, group], axis=1)).sum(axis=1)
         error[:, group] += (softmax(now[:, group], axis=1) - target) / temperature
-    gradient = np.average(chained(error, batch), axis=0, weights=batch.weights)
+    gradient = np.average(chained(error, batch.inputs), axis=0, weights=batch.weights)
     return np.average(value * np.ones(len(error)), weights=batch.weights), gradient
 
 
@@ -529,32 +478,6 @@ def test_lwf_gradient_is_zero_where_the_answers_are_the_teachers():
 # Whole runs
 
 
-def examples(sizes, shape, seed):
-    """`sizes[c]` examples of class c, each near its class's own mean."""
-    random = np.random.default_rng(seed)
-    labels = random.permutation(np.repeat(np.arange(len(sizes)), sizes)).astype(np.int32)
-    means = np.random.default_rng(5).normal(size=(len(sizes), *shape))
-    return Examples((means[labels] + random.normal(size=(len(labels), *shape))).astype(np.float32), labels)
-
-
-def make_stream(kind, key=3):
-    """Two or three tasks, of 5 to 14 examples; images [2, 2] where the task is told or inputs are permuted."""
-    shape = (4,) if kind == "class" else (2, 2)
-    train, test = examples([3, 7, 5, 7, 2, 6], shape, 0), examples([2, 3, 2, 3, 4, 2], shape, 1)
-    if kind == "permuted":
-        return streams.permuted(jax.random.key(key), train, test, tasks=2)
-    make = streams.class_incremental if kind == "class" else streams.task_incremental
-    return make(jax.random.key(key), train, test, classes_per_task=2)
-
-
-def probe(seed=0, dtype=jnp.float32):
-    random = np.random.default_rng(seed)
-    return {
-        "bias": jnp.asarray(random.normal(size=6), dtype),
-        "kernel": jnp.asarray(random.normal(size=(4, 6)), dtype),
-    }
-
-
 STRATEGIES = {
     "ewc": lambda: ewc(apply, strength=2.0),
     "online_ewc": lambda: online_ewc(apply, strength=2.0, decay=0.7),
@@ -567,7 +490,6 @@ PROGRAMS = {
     "si": {"end_task": 1},
     "lwf": {"begin_task": 1},
 }
-ONCE = {"start": 1, "train": 1, "evaluate": 1}
 
 
 class ByHand:

@@ -121,3 +121,9 @@ def test_check_labels_names_value_and_fix(labels, value, fix):
 def test_check_finite_knows_bfloat16():
     with pytest.raises(ValueError, match=r"features: got 1 values that are NaN or infinite, the first at \(1,\)"):
         checks.check_finite("features", jnp.array([0, jnp.nan], jnp.bfloat16))
+
+
+def test_resident_are_arrays_in_memory_only(tmp_path):
+    on_disk = np.lib.format.open_memmap(tmp_path / "inputs.npy", mode="w+", dtype=np.float32, shape=(2, 3))
+    assert checks.is_resident(np.zeros(3)) and checks.is_resident(jnp.zeros(3))
+    assert not checks.is_resident(on_disk)

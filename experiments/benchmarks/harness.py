@@ -92,13 +92,13 @@ def _peak_mib(factory: Callable[[], Step]) -> float:
     """Highest resident memory while the step runs three times, less what was resident before (Linux)."""
     step = factory()
     Path("/proc/self/clear_refs").write_text("5")  # sets the high-water mark back to what is resident now
-    before = _status("VmRSS")
+    before = status_kib("VmRSS")
     for _ in range(3):
         step()
-    return (_status("VmHWM") - before) / 1024
+    return (status_kib("VmHWM") - before) / 1024
 
 
-def _status(field: str) -> int:
-    """kB, from /proc/self/status."""
+def status_kib(field: str) -> int:
+    """A field of /proc/self/status that is given in KiB, such as VmRSS (Linux)."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return int(next(line for line in lines if line.startswith(field + ":")).split()[1])

@@ -7,13 +7,13 @@ hundred bytes. ``python -m experiments.benchmarks.host``
 
 import json
 import statistics
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
+from experiments.benchmarks.harness import status_kib
 from experiments.card import Card
 from jaxcl import continual
 from jaxcl.continual import Progress
@@ -32,7 +32,7 @@ def main() -> dict[str, object]:
     seen: list[tuple[float, int]] = []
 
     def watch(progress: Progress) -> None:
-        seen.append((progress.seconds, _resident_kib()))
+        seen.append((progress.seconds, status_kib("VmRSS")))
 
     result = continual.run(
         jax.random.key(1), continual.linear_probe(), optax.sgd(0.1), params, stream, epochs=EPOCHS, batch_size=BATCH,
@@ -53,11 +53,6 @@ def main() -> dict[str, object]:
     )
     print(json.dumps(row))
     return row
-
-
-def _resident_kib() -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith("VmRSS:")).split()[1])
 
 
 if __name__ == "__main__":

@@ -117,6 +117,10 @@ class Course:
                 ([stream.test for stream in seeds.streams], plan.testing),
             )
         )
+        self._test_sets = [
+            (self._testing.repeated(parts), [len(part.rows) for part in parts])
+            for parts in zip(*(stream.test_sets for stream in seeds.streams), strict=True)
+        ]
         self._began = time.perf_counter()
 
     def results(self) -> list[Result]:
@@ -210,15 +214,14 @@ class Course:
 
     def _evaluate(self, state: LoopState) -> list[list[float]]:
         """Accuracy [S, T] on all tasks."""
-        right, sizes = [], []
-        for task, parts in enumerate(zip(*(stream.test_sets for stream in self._seeds.streams), strict=True)):
-            sizes.append([len(part.rows) for part in parts])
-            right.append(
-                [
-                    self._programs.evaluate(state, self._tables, source, np.int32(task), np.int32(position))
-                    for source, position, _ in self._testing.calls(parts)
-                ]
-            )
+        right = [
+            [
+                self._programs.evaluate(state, self._tables, source, np.int32(task), np.int32(position))
+                for source, position, _ in calls()
+            ]
+            for task, (calls, _) in enumerate(self._test_sets)
+        ]
+        sizes = [of_seeds for _, of_seeds in self._test_sets]
         counts = [np.atleast_1d(sum(counts)) for counts in jax.device_get(right)]  # T of [S]
         return (np.stack(counts, axis=1) / np.asarray(sizes).T).tolist()
 

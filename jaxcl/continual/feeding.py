@@ -1,6 +1,7 @@
 """Batches on their way to the device: all examples laid there once, or a few batches read ahead by the host."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -9,6 +10,7 @@ import numpy as np
 from jaxcl.continual.programs import Resident, Streamed
 from jaxcl.continual.sharding import DATA, Layout
 from jaxcl.continual.streams import Examples, Selection
+from jaxcl.typing import is_resident
 
 _READERS, _READ_AHEAD = 2, 2  # threads, and calls' worth of batches that wait
 
@@ -34,8 +36,7 @@ def is_streamed(examples: Examples) -> bool:
 
     Several processes always stream, so that each reads only its share.
     """
-    in_memory = isinstance(examples.inputs, np.ndarray | jax.Array) and not isinstance(examples.inputs, np.memmap)
-    return not in_memory or jax.process_count() > 1
+    return not is_resident(examples.inputs) or jax.process_count() > 1
 
 
 class Feeder:
@@ -72,6 +73,13 @@ class Feeder:
         rows, tasks = self._layout.place((rows, tasks), *(None,) * (rows.ndim - 1), DATA)
         for position in range(first, steps, per_call):
             yield Call(Resident(self._inputs, self._labels, rows, tasks), position, min(per_call, steps - position))
+
+    def repeated(self, parts: Sequence[Selection]) -> Callable[[], Iterable[Call]]:
+        """`calls` of the same parts again and again; rows are laid on the device only once."""
+        if self._streamed:
+            return partial(self.calls, parts)
+        laid = list(self.calls(parts))
+        return lambda: laid
 
     def _read(self, rows: np.ndarray, tasks: np.ndarray, starts: range, steps: int) -> Iterator[Call]:
         try:

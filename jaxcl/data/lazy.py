@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxcl.typing import ArrayLike, RandomAccess, bad_argument
+from jaxcl.typing import ArrayLike, RandomAccess, bad_argument, is_resident
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,7 +38,7 @@ class Lazy:
 class Subset:
     """Some rows of a source, in the order given."""
 
-    source: RandomAccess
+    source: ArrayLike | RandomAccess
     rows: np.ndarray  # [M]
 
     @property
@@ -55,7 +55,7 @@ class Subset:
         return len(self.rows)
 
     def __getitem__(self, rows: np.ndarray, /) -> np.ndarray:
-        return self.source[self.rows[rows]]
+        return np.asarray(self.source[self.rows[rows]])
 
 
 def as_the_first(argument: str, read: Callable[[int], np.ndarray], count: int) -> Lazy:
@@ -68,9 +68,7 @@ def as_the_first(argument: str, read: Callable[[int], np.ndarray], count: int) -
 
 def take(inputs: ArrayLike | RandomAccess, rows: np.ndarray) -> np.ndarray | Subset:
     """Rows [M] of inputs [N, ...], as inputs [M, ...]: an array of an array in memory, else as lazy as they were."""
-    if isinstance(inputs, np.ndarray | jax.Array) and not isinstance(inputs, np.memmap):
-        return np.asarray(inputs)[rows]
-    return Subset(inputs, rows)
+    return np.asarray(inputs)[rows] if is_resident(inputs) else Subset(inputs, rows)
 
 
 def read_all(inputs: ArrayLike | RandomAccess) -> np.ndarray:

@@ -96,6 +96,16 @@ def test_a_malformed_mesh_is_named(tmp_path, mesh):
         quickstart.main(["--preset", "smoke", "--out", str(tmp_path), "--mesh", mesh])
 
 
+def test_several_processes_without_a_mesh_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="distributed: got True; say with --mesh"):
+        quickstart.main(["--preset", "smoke", "--out", str(tmp_path), "--distributed"])
+
+
+def test_on_a_mesh_seeds_train_in_turn(tmp_path):
+    arguments = ["--preset", "smoke", "--limit", "200", "--mesh", "data=8", "--out", str(tmp_path)]
+    assert set(quickstart.main(arguments)["results"]) == METHODS
+
+
 def test_tensorboard_and_history_are_left(tmp_path):
     quickstart.main(["--preset", "smoke", "--seeds", "1", "--tensorboard", "--out", str(tmp_path)])
     assert {path.name for path in (tmp_path / "tensorboard").iterdir()} == METHODS
@@ -133,12 +143,12 @@ def test_options_override_the_preset(monkeypatch):
     assert (seen[0].codebooks, seen[0].data, seen[0].preset, seen[0].pairs) == (3, "mnist", "smoke", 32)
 
 
-@pytest.mark.parametrize("name", ["quickstart", "dkvb", "baselines"])
-def test_help_explains(name):
+@pytest.mark.parametrize(("name", "unit"), [("quickstart", "minute"), ("dkvb", "minute"), ("baselines", "hour")])
+def test_help_explains(name, unit):
     text = subprocess.run(
         [sys.executable, "-m", f"experiments.{name}", "--help"], check=True, capture_output=True, text=True, cwd=ROOT
     ).stdout
-    assert "--preset" in text and "--seeds" in text and any(unit in text for unit in ("minute", "hour"))
+    assert "--preset" in text and "--seeds" in text and unit in text
 
 
 def test_bad_seeds_are_named():
