@@ -83,7 +83,7 @@ def _mlp(run: Run, config: Config, name: str, tasks: Sequence[Stream], init_keys
     params = [net.init(key, jnp.zeros((1, width))) for key in init_keys]
     run.train(
         name, continual.naive(net.apply), optax.adam(config.baseline_learning_rate), params, tasks, keys,
-        epochs=config.baseline_epochs, batch_size=config.batch_size, steps_per_call=64, together=True,
+        epochs=config.baseline_epochs, batch_size=config.batch_size, steps_per_call=64,
     )  # fmt: skip
 
 
@@ -92,7 +92,7 @@ def _linear_probe(run: Run, config: Config, tasks: Sequence[Stream], keys: Key) 
     params = [{"kernel": jnp.zeros((width, classes)), "bias": jnp.zeros(classes)}] * len(tasks)
     run.train(
         "linear_probe", continual.linear_probe(), optax.adam(config.baseline_learning_rate), params, tasks, keys,
-        epochs=config.baseline_epochs, batch_size=config.batch_size, steps_per_call=64, together=True,
+        epochs=config.baseline_epochs, batch_size=config.batch_size, steps_per_call=64,
     )  # fmt: skip
 
 

@@ -134,13 +134,11 @@ class Run:
         epochs: int,
         batch_size: int,
         steps_per_call: int | None = None,
-        together: bool = False,
         stages: Sequence[FeatureStage] = (),
     ) -> None:
-        """`continual.run_seeds` with checkpoints, a progress bar and TensorBoard; keeps the results under `name`.
+        """`continual.run_seeds`, together, with checkpoints, a bar and TensorBoard; keeps the results under `name`.
 
-        `stages`, one a seed, is what was done to the streams before, and counts towards bytes and seconds. On a mesh
-        seeds are trained in turn whatever `together` says.
+        `stages`, one a seed, is what was done to the streams before, and counts towards bytes and seconds.
         """
         out = self._config.out
         with ExitStack() as stack:
@@ -156,7 +154,7 @@ class Run:
                     watchers.append(stack.enter_context(report.TensorBoard(out / "tensorboard" / name)))
             results = continual.run_seeds(
                 keys, strategy, tx, params, streams, epochs=epochs, batch_size=batch_size,
-                steps_per_call=steps_per_call, together=together and not self._mesh, mesh=self._mesh,
+                steps_per_call=steps_per_call, together=True, mesh=self._mesh,
                 checkpoint=Checkpoint(out / "checkpoints" / name, self._config.checkpoint_seconds),
                 callback=watch,
             )  # fmt: skip
@@ -241,6 +239,7 @@ class ProgressBar:
 
     def __init__(self, name: str, seeds: int) -> None:
         self._seeds, self._bar = seeds, tqdm(desc=name, unit="epoch", dynamic_ncols=True)
+        self._done: dict[int, int] = {}  # epochs, by first seed: some are trained at the same time
 
     def __call__(self, progress: Progress) -> None:
         """The callback of `jaxcl.continual.run_seeds`."""
@@ -248,18 +247,18 @@ class ProgressBar:
         bar.total = self._seeds * progress.stages * progress.epochs
         shown = {name: f"{value:.3f}" for name, value in progress.metrics.items()}
         shown["examples/s"] = f"{progress.examples / progress.seconds:,.0f}"
-        # Epochs that an earlier process trained are not told: they count as done when the next one is.
-        done = progress.seed * progress.stages * progress.epochs
-        done += progress.seeds * (progress.stage * progress.epochs + progress.epoch + 1)
+        self._done[progress.seed] = progress.seeds * (progress.stage * progress.epochs + progress.epoch + 1)
         bar.set_postfix(shown, refresh=False)
-        bar.update(max(done - bar.n, 0))
+        bar.update(sum(self._done.values()) - bar.n)
 
     def __enter__(self) -> "ProgressBar":
         """Nothing to open: the bar shows at once."""
         return self
 
-    def __exit__(self, *error: object) -> None:
-        """Leaves the bar on screen as it stands."""
+    def __exit__(self, kind: object, *error: object) -> None:
+        """Leaves the bar on screen; what an earlier process trained is not told here, and counts as done in the end."""
+        if kind is None and self._bar.total:
+            self._bar.update(self._bar.total - self._bar.n)
         self._bar.close()
 
 

@@ -7,7 +7,6 @@ import threading
 import jax
 import methods
 import numpy as np
-import optax
 import pytest
 from methods import assert_same, run_method
 
@@ -166,13 +165,17 @@ def test_without_grain_the_error_says_what_to_install(watch, monkeypatch):
 
 
 @pytest.mark.parametrize("of", [{"test": False}, {"train": False}])
-def test_streamed_examples_are_trained_in_turn(of):
-    strategy, _, params, stream = methods.method("naive")
-    with pytest.raises(ValueError, match=r"together: got True; train in turn: .* examples that are not in memory"):
+def test_seeds_with_streamed_examples_may_train_together(of):
+    strategy, tx, params, stream = methods.method("naive")
+    in_turn, together = (
         continual.run_seeds(
-            jax.random.split(jax.random.key(0), 1), strategy, optax.sgd(0.1), [params], [streamed(stream, **of)],
-            epochs=1, batch_size=4, together=True,
-        )  # fmt: skip
+            jax.random.split(jax.random.key(0), 3), strategy, tx, [params] * 3, [stream] * 3, epochs=1, batch_size=4,
+            together=together,
+        )
+        for stream, together in ((stream, False), (streamed(stream, **of), True))
+    )  # fmt: skip
+    for ours, theirs in zip(together, in_turn, strict=True):
+        assert_same(ours, theirs)
 
 
 def test_labels_may_be_a_jax_array(watch):

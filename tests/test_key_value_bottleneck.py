@@ -338,7 +338,7 @@ def test_sparse_runs_are_dense_runs(top_k, momentum, steps_per_call):
     assert_close(effective_values(sparse.params, sparse.strategy_state, momentum), dense.params["values"], 1e-6)
 
 
-def test_seeds_together_are_seeds_in_turn():
+def test_seeds_together_are_seeds_in_turn(one_core):
     """Two seeds with other examples, tasks of other lengths: some steps of a task are only one seed's."""
     made = small(1, 6)
     both = [cached_stream(seed, 1) for seed in (0, 1)]

@@ -227,15 +227,34 @@ def test_seeds_in_turn_equal_a_seed_alone(in_turn):
     assert all(result.compilations == ONCE for result in in_turn)
 
 
+@pytest.mark.parametrize(("seeds", "cores", "size", "alone", "expected"), [
+    (8, 1, 0, False, (8, 1)), (8, 2, 0, False, (4, 2)), (8, 2, 30_000, False, (4, 2)), (5, 2, 30_000, False, (3, 2)),
+    (8, 2, 40_000, False, (2, 2)), (8, 2, 2**17, False, (1, 2)), (8, 2, 2**30, False, (1, 2)),
+    (8, 2, 30_000, True, (1, 2)), (1, 2, 30_000, False, (1, 1)), (3, 8, 30_000, False, (1, 3)),
+])  # fmt: skip
+def test_small_networks_share_steps_and_all_cores_have_work(seeds, cores, size, alone, expected, monkeypatch):
+    monkeypatch.setattr(loop, "_cores", lambda: cores)
+    assert loop._grouping(seeds, size, alone=alone) == expected
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_an_accelerator_has_all_seeds_in_one_step(alone, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    assert loop._grouping(8, 2**30, alone=alone) == ((1, 1) if alone else (8, 1))
+
+
 @pytest.mark.parametrize(
-    ("shared", "steps_per_call", "cores"), [(True, 1, 1), (True, 3, 2), (False, 64, 3), (False, 1, 8)]
+    ("shared", "steps_per_call", "cores", "size"),
+    [(True, 1, 1, 2**17), (True, 3, 2, 2**17), (True, 3, 2, 0), (False, 64, 3, 2**17), (False, 1, 1, 0)],
 )
-def test_seeds_together_equal_seeds_in_turn(in_turn, shared, steps_per_call, cores, monkeypatch):
+def test_seeds_together_equal_seeds_in_turn(in_turn, shared, steps_per_call, cores, size, monkeypatch):
     """Adam would move on a zero gradient: a seed that has run out of batches must not take a step at all.
 
-    Three seeds on one core are one group, on two a pair and a seed with a copy of itself, on more one each.
+    Three seeds on one core are one group, on two a pair and a seed with a copy of itself, on more one each; and so are
+    seeds too large to share a step.
     """
     monkeypatch.setattr(loop, "_cores", lambda: cores)
+    monkeypatch.setattr(loop, "_SHARED_STEP_BYTES", size)
     together = adam_on(*seeds_and_streams(shared), together=True, steps_per_call=steps_per_call)
     for ours, theirs in zip(together, in_turn, strict=True):
         assert_results_close(ours, theirs)
@@ -373,22 +392,25 @@ def test_every_member_is_called_at_its_step_with_its_arguments(refresh_every, st
     assert result.examples == 2 * 8
 
 
-@pytest.mark.parametrize(("cores", "steps_per_call"), [(1, 1), (1, 64), (2, 3)])
-def test_seeds_together_call_every_member_for_each_seed(cores, steps_per_call, monkeypatch):
+@pytest.mark.parametrize(
+    ("cores", "steps_per_call", "refresh_every"), [(1, 1, 0), (1, 64, 0), (2, 3, 0), (1, 3, 2), (2, 1, 2)]
+)
+def test_seeds_together_call_every_member_for_each_seed(cores, steps_per_call, refresh_every, monkeypatch):
     """5 and 3 examples for one seed, 2 and 6 for the other: each log is the one of the seed alone, without the other's
     steps and without batches to observe that are only the other's."""
     monkeypatch.setattr(loop, "_cores", lambda: cores)
     keys, several = jax.random.split(jax.random.key(1), 2), [eight_ids(5), eight_ids(2)]
     results = run_seeds(
-        keys, recorder(0), optax.sgd(1.0), [{"w": jnp.float32(0)}] * 2, several,
+        keys, recorder(refresh_every), optax.sgd(1.0), [{"w": jnp.float32(0)}] * 2, several,
         epochs=2, batch_size=2, together=True, steps_per_call=steps_per_call,
     )  # fmt: skip
     for key, stream, result in zip(keys, several, results, strict=True):
-        w, log = expected_log(key, stream, epochs=2, batch_size=2, refresh_every=0)
+        w, log = expected_log(key, stream, epochs=2, batch_size=2, refresh_every=refresh_every)
         entries, count = result.strategy_state
         np.testing.assert_array_equal(entries[: int(count)], log)
         assert float(result.params["w"]) == w
-        assert result.compilations == ONCE | {"begin_task": 1, "observe": 1, "end_task": 1}
+        optional = {"refresh": 1} if refresh_every else {}
+        assert result.compilations == ONCE | {"begin_task": 1, "observe": 1, "end_task": 1} | optional
 
 
 def test_every_call_draws_from_a_key_of_its_own():
@@ -562,6 +584,25 @@ def test_callback_is_told_the_mean_over_seeds_trained_together(cores, groups, mo
             np.testing.assert_allclose(progress.accuracy, expected, rtol=1e-12)
 
 
+def test_what_one_seed_raises_ends_the_others(monkeypatch):
+    """Two seeds on two threads, each of which would be told 3 * 5,000 epochs."""
+    monkeypatch.setattr(loop, "_cores", lambda: 2)
+    keys, params, several = seeds_and_streams(True)
+    told = []
+
+    def callback(progress):
+        told.append(progress.seed)
+        if progress.seed == 1:
+            raise FloatingPointError("of seed 1")
+
+    with pytest.raises(FloatingPointError, match="of seed 1"):
+        run_seeds(
+            keys[:2], linear_probe(), optax.sgd(0.1), params[:2], several[:2],
+            epochs=5000, batch_size=4, together=True, callback=callback,
+        )  # fmt: skip
+    assert told.count(1) == 1 and told.count(0) < 3 * 5000
+
+
 # Bad arguments
 
 
@@ -625,12 +666,6 @@ def test_streams_that_are_not_alike_are_refused():
         call(keys=keys, params=params, streams=[make_stream(), make_stream(told=True)])
     with pytest.raises(ValueError, match=r"streams: got different numbers of tasks or classes; make them alike"):
         call(keys=keys, params=params, streams=[make_stream(), make_stream(classes_per_task=3)])
-
-
-def test_a_strategy_that_refreshes_is_trained_in_turn():
-    strategy = linear_probe()._replace(refresh=lambda key, params, state, batch: (params, state), refresh_every=2)
-    with pytest.raises(ValueError, match=r"together: got True; train in turn"):
-        call(strategy=strategy, together=True)
 
 
 def test_weakly_typed_leaves_do_not_compile_a_second_time():

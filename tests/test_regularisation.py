@@ -602,7 +602,7 @@ def loop_by_hand(learner, key, stream, epochs=2):
         ("lwf", "class", 1, False), ("lwf", "task", 3, True),
     ],
 )  # fmt: skip
-def test_runs_equal_a_loop_in_numpy_however_steps_and_seeds_are_grouped(name, kind, steps_per_call, together):
+def test_runs_equal_a_loop_in_numpy_however_steps_and_seeds_are_grouped(name, kind, steps_per_call, together, one_core):
     """With the data's labels in the Fisher information, every method here is a function of the order of examples.
 
     Two seeds, whose stages differ in length: one that is through must not move, though the penalty still pulls.
@@ -622,7 +622,7 @@ def test_runs_equal_a_loop_in_numpy_however_steps_and_seeds_are_grouped(name, ki
         assert np.isfinite([value for entry in result.history for value in entry.values()]).all()
 
 
-def test_drawn_labels_do_not_depend_on_how_steps_and_seeds_are_grouped():
+def test_drawn_labels_do_not_depend_on_how_steps_and_seeds_are_grouped(one_core):
     several, params, keys = (
         [make_stream("class", key) for key in (3, 4)],
         [probe(0), probe(1)],

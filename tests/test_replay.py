@@ -357,7 +357,7 @@ def assert_memory_is_of(stream, memory, seen):
 @pytest.mark.parametrize(
     ("name", "kind"), [("er", "class"), ("der_plus_plus", "permuted"), ("a_gem", "class"), ("a_gem", "task")]
 )
-def test_runs_compile_once_and_do_not_depend_on_how_steps_and_seeds_are_grouped(name, kind):
+def test_runs_compile_once_and_do_not_depend_on_how_steps_and_seeds_are_grouped(name, kind, one_core):
     """Two seeds whose stages differ in length: in turn by one step or 64 a call, together by three."""
     several, strategy = [make_stream(kind, key) for key in (3, 4)], STRATEGIES[name]()
     keys, params = jax.random.split(KEY, 2), [probe(0), probe(1)]

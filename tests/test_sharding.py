@@ -5,7 +5,6 @@ import functools
 import jax
 import methods
 import numpy as np
-import optax
 import pytest
 from helpers import assert_close
 from jax.sharding import PartitionSpec
@@ -132,13 +131,17 @@ def test_a_batch_that_the_mesh_does_not_divide_is_refused():
         run_method("naive", batch_size=12, mesh=make_mesh(DATA8))
 
 
-def test_seeds_together_are_refused_on_a_mesh():
-    strategy, _, params, stream = methods.method("naive")
-    with pytest.raises(ValueError, match=r"together: got True; train in turn: .* a mesh"):
+def test_seeds_together_are_trained_in_turn_on_a_mesh():
+    strategy, tx, params, stream = methods.method("naive")
+    in_turn, together = (
         continual.run_seeds(
-            jax.random.split(jax.random.key(0), 1), strategy, optax.sgd(0.1), [params], [stream],
-            epochs=1, batch_size=8, together=True, mesh=make_mesh(DATA8),
-        )  # fmt: skip
+            jax.random.split(jax.random.key(0), 2), strategy, tx, [params] * 2, [stream] * 2,
+            epochs=1, batch_size=8, mesh=make_mesh(DATA8), together=together,
+        )
+        for together in (False, True)
+    )  # fmt: skip
+    for ours, theirs in zip(together, in_turn, strict=True):
+        methods.assert_same(ours, theirs)
 
 
 # Checkpoints

@@ -1,4 +1,4 @@
-"""The course of one seed, or of seeds trained together, from the start or from a checkpoint to the end."""
+"""The course of one seed, or of seeds that share each step, from the start or from a checkpoint to the end."""
 
 import time
 from collections.abc import Callable, Sequence

@@ -8,7 +8,7 @@ interrupted goes on, bit for bit, from the state and the place in the stream tha
 import os
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, CancelledError, ThreadPoolExecutor, wait
 from typing import Any
 
 import jax
@@ -25,12 +25,17 @@ from jaxcl.continual.programs import Programs, compile_programs
 from jaxcl.continual.sharding import DATA, Layout
 from jaxcl.continual.strategies import Strategy
 from jaxcl.continual.streams import Stream
+from jaxcl.trees import byte_count
 from jaxcl.typing import Key, PyTree, bad_argument, check_at_least
 
 # Steps a call. On CPU a convolution inside a compiled loop is 8 to 16 times slower than outside (XLA runs it on one
 # thread, unvectorised), and a call costs only some tens of microseconds; on accelerators launching dominates.
 _STEPS_PER_CALL = {"cpu": 1}
 _STEPS_PER_CALL_ELSEWHERE = 32
+# Seeds share each step on CPU while the parameters of all those take no more bytes than this. Then the loop costs more
+# than the arithmetic, and four seeds take 2.5 times as long as one; larger ones drive each other out of a core's cache
+# at every step, and are faster by themselves.
+_SHARED_STEP_BYTES = 2**17
 
 
 def run(
@@ -103,7 +108,7 @@ def run_seeds(
     checkpoint: Checkpoint | None = None,
     callback: Callable[[Progress], None] | None = None,
 ) -> list[Result]:
-    """`run` for several seeds that share one compilation: one after another, or all in each step.
+    """`run` for several seeds that share one compilation: one after another, or at the same time.
 
     Args:
         keys: [S]; consumed.
@@ -113,8 +118,10 @@ def run_seeds(
         streams: one a seed, with examples and test sets of equal shapes.
         epochs: as in `run`.
         batch_size: as in `run`.
-        together: trains all seeds under `vmap`; on CPU in as many groups, each in a thread, as there are cores. The
-            numbers are those of one seed after another, up to rounding.
+        together: trains seeds at the same time: on CPU on as many threads as there are cores, several small networks in
+            one step; elsewhere all in one step, under `vmap`. The numbers are those of one seed after another, up to
+            rounding. On a mesh, seeds are trained in turn; and a strategy with `refresh_every`, or examples that are
+            not in memory, have their steps to themselves.
         steps_per_call: as in `run`.
         evaluation_batch_size: as in `run`.
         mesh: as in `run`.
@@ -125,8 +132,7 @@ def run_seeds(
         One `Result` a seed.
 
     Raises:
-        ValueError: as in `run`; lengths of `keys`, `params` and `streams` that differ; streams that are not alike; a
-            strategy that refreshes, a mesh, or examples that are not in memory, trained `together`.
+        ValueError: as in `run`; lengths of `keys`, `params` and `streams` that differ; streams that are not alike.
         OSError: as in `run`.
     """
     check_at_least("epochs", epochs, 1)
@@ -140,10 +146,6 @@ def run_seeds(
             "keys, params, streams", f"{len(keys)}, {len(params)} and {len(streams)} of them", "pass one of each a seed"
         )
     _check_streams(streams)
-    if together and (strategy.refresh_every or mesh or is_streamed(streams[0].train) or is_streamed(streams[0].test)):
-        raise bad_argument(
-            "together", together, "train in turn: with `refresh_every`, a mesh or examples that are not in memory"
-        )
     parts = 1 if mesh is None else mesh.shape[DATA]
     if batch_size % parts:
         raise bad_argument("batch_size", batch_size, f"pass a multiple of the mesh's data axis, {parts}")
@@ -152,13 +154,19 @@ def run_seeds(
     largest = max(len(part.rows) for stream in streams for part in stream.train_sets)
     shared = all(stream.train is streams[0].train and stream.test is streams[0].test for stream in streams)
     layout, first = Layout(mesh), streams[0]
+    alone = strategy.refresh_every > 0 or is_streamed(first.train) or is_streamed(first.test)
+    size, threads = (1, 1) if mesh or not together else _grouping(len(streams), byte_count(params[0]), alone=alone)
+    # Groups of one size share a compilation: the last one is filled up with the last seed.
+    groups = [
+        [min(seed, len(streams) - 1) for seed in range(start, start + size)] for start in range(0, len(streams), size)
+    ]
     programs = compile_programs(
         strategy,
         tx,
         first.pipeline,
         steps_per_call=steps_per_call,
         layout=layout,
-        together=together,
+        together=size > 1,
         shared=shared,
     )
     plan = Plan(
@@ -167,7 +175,7 @@ def run_seeds(
         Batching(batch_size, -(-largest // batch_size), steps_per_call),
         Batching(evaluation_batch_size, -(-largest_test // evaluation_batch_size), 1),
         layout,
-        together,
+        size > 1,
         shared,
     )
 
@@ -178,7 +186,7 @@ def run_seeds(
             if callback:
                 callback(progress)
 
-    def run_group(numbers: Sequence[int]) -> list[Result]:
+    def run_group(programs: Programs, numbers: Sequence[int]) -> list[Result]:
         bits = [np.ravel(jax.random.key_data(keys[seed])).tolist() for seed in numbers]
         seeds = Seeds(
             numbers[0],
@@ -192,31 +200,55 @@ def run_seeds(
         checkpoints = None
         if checkpoint:
             identity = {"keys": bits, "epochs": epochs, "batch_size": batch_size, "stages": len(first.train_sets)}
-            name = f"seeds_{numbers[0]}_to_{numbers[-1]}" if together else f"seed_{numbers[0]}"
-            checkpoints = Checkpoints(checkpoint, name, identity, alone=not together)
+            name = f"seeds_{numbers[0]}_to_{numbers[-1]}" if size > 1 else f"seed_{numbers[0]}"
+            checkpoints = Checkpoints(checkpoint, name, identity, alone=threads == 1)
         return Course(seeds, programs, plan, checkpoints, tell).results()
 
     with count_compilations(programs._fields) as compilations:
-        if together:
-            size = -(-len(streams) // (_cores() if jax.default_backend() == "cpu" else 1))
-            # Groups of one size share a compilation: the last one is filled up with the last seed.
-            groups = [
-                [min(seed, len(streams) - 1) for seed in range(start, start + size)]
-                for start in range(0, len(streams), size)
-            ]
-            programs = Programs._make(program and _first_call_alone(program) for program in programs)
-            with ThreadPoolExecutor(len(groups)) as pool:
-                results = [result for group in pool.map(run_group, groups) for result in group][: len(streams)]
+        if threads == 1:
+            by_group = [run_group(programs, numbers) for numbers in groups]
         else:
-            results = [result for seed in range(len(streams)) for result in run_group([seed])]
+            by_group = _in_threads(run_group, programs, groups, threads)
+    results = [result for of_group in by_group for result in of_group][: len(streams)]
     return [result._replace(compilations=dict(compilations)) for result in results]
 
 
-def _first_call_alone(program: Callable[..., Any]) -> Callable[..., Any]:
-    """The program, but no second thread calls it before the first call, which compiles it, is through."""
+def _grouping(seeds: int, bytes_of_params: int, *, alone: bool) -> tuple[int, int]:
+    """How many seeds share each step, and on how many threads groups of so many run."""
+    if jax.default_backend() != "cpu":
+        return (1 if alone else seeds), 1
+    share = -(-seeds // _cores())
+    rounds = share if alone else -(-share // max(1, _SHARED_STEP_BYTES // max(1, bytes_of_params)))
+    size = -(-share // rounds)
+    return size, min(_cores(), -(-seeds // size))
+
+
+def _in_threads(
+    run_group: Callable[[Programs, Sequence[int]], list[Result]],
+    programs: Programs,
+    groups: Sequence[Sequence[int]],
+    threads: int,
+) -> list[list[Result]]:
+    """The groups' results; whatever one of them raises ends the others too, as does an interruption by the user."""
+    stop = threading.Event()
+    programs = Programs._make(program and _for_threads(program, stop) for program in programs)
+    with ThreadPoolExecutor(threads) as pool:
+        futures = [pool.submit(run_group, programs, numbers) for numbers in groups]
+        try:
+            for future in wait(futures, return_when=FIRST_EXCEPTION).done:
+                future.result()  # raises what that group raised
+        finally:
+            stop.set()
+    return [future.result() for future in futures]
+
+
+def _for_threads(program: Callable[..., Any], stop: threading.Event) -> Callable[..., Any]:
+    """The program for several threads: the first call, which compiles it, is through before there is a second."""
     lock, compiled = threading.Lock(), threading.Event()
 
     def call(*arguments: Any) -> Any:
+        if stop.is_set():
+            raise CancelledError
         if compiled.is_set():
             return program(*arguments)
         with lock:

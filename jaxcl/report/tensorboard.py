@@ -22,7 +22,7 @@ LARGEST = 1e19  # beyond, TensorBoard's histograms have no buckets
 class TensorBoard:
     """A callback of `jaxcl.continual.run_seeds` that writes event files.
 
-    Each seed is a run of its own in TensorBoard, the folder ``seed_<n>``; seeds trained together are one run,
+    Each seed is a run of its own in TensorBoard, the folder ``seed_<n>``; seeds that share each step are one run,
     ``seeds_<n>_to_<m>``. All stands against the number of epochs trained, over all stages. After each epoch:
     ``train/<metric>`` and ``train/examples_per_second``. After a stage's last: ``test/task_<j>`` (tasks count from 1)
     and ``test/mean``, the accuracy matrix so far as the image ``test/matrix``, and a histogram of each array,
@@ -44,8 +44,7 @@ class TensorBoard:
             raise ImportError('TensorBoard files need tensorboardX: pip install "jaxcl[experiments]"') from error
         self._open = SummaryWriter
         self._folder = Path(folder)
-        self._run = Path()  # of the open file
-        self._writer: SummaryWriter | None = None
+        self._writers: dict[Path, SummaryWriter] = {}  # by run; several go on at the same time
 
     def __call__(self, progress: Progress) -> None:
         """Writes what an epoch has come to, and a stage with its last."""
@@ -63,30 +62,30 @@ class TensorBoard:
             writer.add_image("test/matrix", _picture(matrix, run.name), step, dataformats="HWC")
             for path, values in _arrays(progress.params).items():
                 writer.add_histogram(f"parameters/{path}", values, step)
+        if step == progress.stages * progress.epochs:
+            self._writers.pop(run).close()
 
     def close(self) -> None:
-        """Writes what is waiting and closes the file; a later call opens another."""
-        if self._writer is not None:
-            self._writer.close()
-        self._writer = None
+        """Writes what is waiting and closes all files; a later call opens others."""
+        for writer in self._writers.values():
+            writer.close()
+        self._writers = {}
 
     def __enter__(self) -> "TensorBoard":
         """Nothing to open: a run's file comes with its first epoch."""
         return self
 
     def __exit__(self, *error: object) -> None:
-        """Closes the file."""
+        """Closes all files."""
         self.close()
 
     def _writer_of(self, run: Path, step: int) -> "SummaryWriter":
-        if self._writer is None or run != self._run:
-            self.close()
+        if run not in self._writers:
             number = len(list(run.glob("events.*")))  # without it, a file of the same second would be written over
-            self._writer = self._open(
+            self._writers[run] = self._open(
                 str(run), purge_step=step, flush_secs=FLUSH_SECONDS, filename_suffix=f".{number:04d}"
             )
-            self._run = run
-        return self._writer
+        return self._writers[run]
 
 
 def _name(progress: Progress) -> str:
