@@ -1,14 +1,14 @@
 """The course of one seed, or of seeds that share each step, from the start or from a checkpoint to the end."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import jax
 import numpy as np
 
 from jaxcl.continual.checkpoints import Checkpoints
-from jaxcl.continual.feeding import Batching, Feeder
+from jaxcl.continual.feeding import Batching, Call, Feeder
 from jaxcl.continual.programs import LoopState, Programs, Tables
 from jaxcl.continual.sharding import Layout
 from jaxcl.continual.streams import Selection, Stream
@@ -148,7 +148,7 @@ class Course:
     def _take_up(self) -> tuple[LoopState, _Cursor, _Record]:
         """The state to go on from: that of the newest checkpoint, or the initial one."""
         params = self._plan.layout.place_state(self._stack(self._seeds.params))
-        source = next(self._training.calls(self._shuffled(0, 0))).source
+        source = next(self._calls(0, 0)).source
         arguments = self._key, params, self._tables, source
         saved = None
         if self._checkpoints:
@@ -170,16 +170,17 @@ class Course:
         if self._programs.begin_task and (cursor.epoch, cursor.position) == (0, 0):
             state = self._programs.begin_task(self._key, state, np.int32(stage))
         epoch_began = time.perf_counter()
+        calls = self._calls(*cursor)
         for epoch in range(cursor.epoch, epochs):
-            first = cursor.position if epoch == cursor.epoch else 0
-            state = self._run_epoch(state, _Cursor(stage, epoch, first), record)
+            state = self._run_epoch(state, stage, epoch, calls, record)
+            calls = self._calls(stage, epoch + 1)  # laid out while the device still works
             record = self._recorded(state, stage, epoch, record)
             if epoch + 1 < epochs:
                 self._report(state, record, time.perf_counter() - epoch_began)
                 epoch_began = time.perf_counter()
             self._save_if_due(state, _Cursor(stage, epoch + 1, 0), record)
         if self._programs.observe:
-            for source, position, count in self._training.calls(self._shuffled(stage, epochs)):
+            for source, position, count in calls:
                 state = self._programs.observe(
                     self._key, state, self._tables, source, np.int32(stage), np.int32(position), np.int32(count)
                 )
@@ -190,12 +191,10 @@ class Course:
         self._report(state, record, time.perf_counter() - epoch_began, accuracy)
         return state, record
 
-    def _run_epoch(self, state: LoopState, cursor: _Cursor, record: _Record) -> LoopState:
+    def _run_epoch(self, state: LoopState, stage: int, epoch: int, calls: Iterable[Call], record: _Record) -> LoopState:
         """The rest of an epoch's steps."""
-        stage, epoch, first = cursor
-        parts = self._shuffled(stage, epoch)
-        steps = self._training.steps(parts)
-        for source, position, ahead in self._training.calls(parts, first):
+        steps = self._training.steps([stream.train_sets[stage] for stream in self._seeds.streams])
+        for source, position, ahead in calls:
             end, every = position + ahead, self._plan.refresh_every
             here = position
             while here < end:
@@ -225,20 +224,19 @@ class Course:
         counts = [np.atleast_1d(sum(counts)) for counts in jax.device_get(right)]  # T of [S]
         return (np.stack(counts, axis=1) / np.asarray(sizes).T).tolist()
 
-    def _shuffled(self, stage: int, epoch: int) -> list[Selection]:
-        """The rows of an epoch in the order they are seen, a part a seed."""
+    def _calls(self, stage: int, epoch: int, first: int = 0) -> Iterator[Call]:
+        """The batches of an epoch in the order they are seen, from number `first` on."""
         parts = []
         for key, stream in zip(self._seeds.bits, self._seeds.streams, strict=True):
             rows, tasks = stream.train_sets[stage]
             order = np.random.default_rng([*key, stage, epoch]).permutation(len(rows))
             parts.append(Selection(rows[order], tasks[order]))
-        return parts
+        return self._training.calls(parts, first)
 
     def _recorded(self, state: LoopState, stage: int, epoch: int, record: _Record) -> _Record:
         """The record with an epoch's means in it."""
-        totals, examples = jax.device_get((state.totals, state.examples))
-        means = {name: np.atleast_1d(total / examples).tolist() for name, total in totals.items()}
         trained = [len(stream.train_sets[stage].rows) for stream in self._seeds.streams]
+        means = {name: (np.atleast_1d(total) / trained).tolist() for name, total in state.totals.items()}
         return record._replace(
             history=[*record.history, (stage, epoch, means)],
             examples=[before + new for before, new in zip(record.examples, trained, strict=True)],

@@ -64,15 +64,18 @@ class Feeder:
         return -(-max(len(part.rows) for part in parts) // self._batching.size)
 
     def calls(self, parts: Sequence[Selection], first: int = 0) -> Iterator[Call]:
-        """The batches of `parts` (one a seed) in their order, from number `first` on, a call's worth at a time."""
+        """The batches of `parts` (one a seed) in their order, from number `first` on, a call's worth at a time.
+
+        Examples are read as the calls are asked for; what lies on the device is laid there at once.
+        """
         steps, per_call = self.steps(parts), self._batching.per_call
         rows, tasks = self._filled(parts)
+        starts = range(first, steps, per_call)
         if self._streamed:
-            yield from self._read(rows, tasks, range(first, steps, per_call), steps)
-            return
-        rows, tasks = self._layout.place((rows, tasks), *(None,) * (rows.ndim - 1), DATA)
-        for position in range(first, steps, per_call):
-            yield Call(Resident(self._inputs, self._labels, rows, tasks), position, min(per_call, steps - position))
+            return self._read(rows, tasks, starts, steps)
+        placed = self._layout.place((rows, tasks), *(None,) * (rows.ndim - 1), DATA)
+        source = Resident(self._inputs, self._labels, *placed)
+        return (Call(source, position, min(per_call, steps - position)) for position in starts)
 
     def repeated(self, parts: Sequence[Selection]) -> Callable[[], Iterable[Call]]:
         """`calls` of the same parts again and again; rows are laid on the device only once."""

@@ -24,7 +24,6 @@ class LoopState(NamedTuple):
     strategy_state: PyTree
     step: Array  # [] int32, steps taken since the run began
     totals: Metrics  # each [] float32, sums over the examples of this epoch
-    examples: Array  # [] float32, how many those are
 
 
 class Tables(NamedTuple):
@@ -118,11 +117,15 @@ def compile_programs(
         strategy_state = strategy.init(_derive(key, 0), params, batch)
         _, metrics = jax.eval_shape(strategy.gradients, key, params, strategy_state, batch)
         totals = {name: jnp.float32(0) for name in metrics}
-        state = LoopState(params, tx.init(params), strategy_state, jnp.int32(0), totals, jnp.float32(0))
+        state = LoopState(params, tx.init(params), strategy_state, jnp.int32(0), totals)
         # A Python scalar among the leaves has a weak type, which the first step would firm up: a second compilation.
         return jax.tree.map(lambda leaf: lax.convert_element_type(leaf, jnp.asarray(leaf).dtype), state)
 
-    step = _training_step(strategy, tx, pipeline.augment, together=together)
+    step = _training_step(strategy, tx, pipeline.augment)
+
+    def step_if_any(key: Key, state: LoopState, batch: Batch) -> LoopState:
+        return _where(batch.weights.sum() > 0, step(key, state, batch), state)
+
     axes = Resident._make((None, None, 0, 0) if shared else (0, 0, 0, 0))
 
     def for_each_seed(function: Callable[..., Any], *axes: PyTree) -> Callable[..., Any]:
@@ -133,24 +136,32 @@ def compile_programs(
     def repeat(
         at: Callable[[Array, LoopState], LoopState], state: LoopState, position: Array, count: Array
     ) -> LoopState:
-        return at(position, state) if steps_per_call == 1 else lax.fori_loop(position, position + count, at, state)
+        if steps_per_call > 1:
+            return lax.fori_loop(position, position + count, at, state)
+        return lax.cond(count > 0, at, lambda _, state: state, position, state) if together else at(position, state)
 
     def train(
         key: Key,
         state: LoopState,
         tables: Tables,
-        source: Resident | Streamed,
+        source: Any,  # a `Resident` or a `Streamed`; together, a `Resident`
         stage: Array,
         position: Array,
         count: Array,
     ) -> LoopState:
-        zero = jax.tree.map(lambda total: jnp.where(position == 0, 0, total), (state.totals, state.examples))
-        state = state._replace(totals=zero[0], examples=zero[1])
+        state = state._replace(totals=jax.tree.map(lambda total: jnp.where(position == 0, 0, total), state.totals))
 
-        def at(position: Array, state: LoopState) -> LoopState:
-            return step(key, state, gather_each(tables, source, position, stage))
+        def at(step: Callable[..., LoopState]) -> Callable[[Array, LoopState], LoopState]:
+            return lambda position, state: step(key, state, gather_each(tables, source, position, stage))
 
-        return repeat(at, state, position, count)
+        if not together:
+            return repeat(at(step), state, position, count)
+        # The last batches of an epoch may be only some seeds', and nothing happens to the others. To choose between
+        # old and new state costs a pass over it all, so those come in a loop of their own.
+        of_all = jnp.all(jnp.asarray(source.rows)[:, :, 0] >= 0, axis=0).sum(dtype=jnp.int32)
+        first = jnp.clip(of_all - position, 0, count)
+        state = repeat(at(jax.vmap(step)), state, position, first)
+        return repeat(at(jax.vmap(step_if_any)), state, position + first, count - first)
 
     def observe(
         key: Key,
@@ -215,7 +226,7 @@ def compile_programs(
 
 
 def _training_step(
-    strategy: Strategy, tx: optax.GradientTransformation, augment: Augment | None, *, together: bool
+    strategy: Strategy, tx: optax.GradientTransformation, augment: Augment | None
 ) -> Callable[[Key, LoopState, Batch], LoopState]:
     """Batch -> gradients -> optimizer -> after_update -> parameters."""
 
@@ -230,18 +241,9 @@ def _training_step(
         params = apply_updates(params, updates)
         examples = batch.weights.sum()
         totals = {name: total + jnp.float32(metrics[name]) * examples for name, total in state.totals.items()}
-        return LoopState(params, opt_state, strategy_state, state.step + 1, totals, state.examples + examples)
+        return LoopState(params, opt_state, strategy_state, state.step + 1, totals)
 
-    def step_if_any(key: Key, state: LoopState, batch: Batch) -> LoopState:
-        return _where(batch.weights.sum() > 0, step(key, state, batch), state)
-
-    def step_each(key: Key, state: LoopState, batch: Batch) -> LoopState:
-        # Some seeds may have fewer batches than others: then nothing happens to them. That is rare, and to choose
-        # between old and new state costs a copy of it all.
-        active = batch.weights.sum(axis=1) > 0
-        return lax.cond(active.all(), jax.vmap(step), jax.vmap(step_if_any), key, state, batch)
-
-    return step_each if together else step
+    return step
 
 
 def _where(condition: Array, new: PyTree, old: PyTree) -> PyTree:
