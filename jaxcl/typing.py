@@ -12,7 +12,7 @@ Axis letters, in docstrings and in the comment beside every field of a state:
 ``W``  width of a key
 ``V``  width of a value
 ``T``  tasks
-``S``  seeds trained together
+``S``  seeds that share each step
 ====== ======================================================
 """
 

@@ -33,7 +33,7 @@ _MAKE_ROOM = (
 
 
 class Checkpoints:
-    """The checkpoints of one seed, or of seeds trained together.
+    """The checkpoints of one seed, or of seeds that share each step.
 
     Args:
         checkpoint: where and how often.

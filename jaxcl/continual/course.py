@@ -19,16 +19,16 @@ from jaxcl.typing import Key, PyTree
 class Progress(NamedTuple):
     """What the loop tells its callback at the end of each epoch."""
 
-    seed: int  # position in the run of the seed, or of the first of those trained together
+    seed: int  # position in the run of the seed, or of the first of those that share each step
     seeds: int  # how many seeds this speaks of
     stage: int
     stages: int
     epoch: int
     epochs: int
-    metrics: dict[str, float]  # means over the epoch's examples (and over seeds trained together)
+    metrics: dict[str, float]  # means over the epoch's examples (and over seeds that share each step)
     examples: int  # trained on in this epoch
     seconds: float  # that this epoch took, since the process began or took up the run
-    accuracy: np.ndarray | None  # [T], after a stage's last epoch: on each task (mean over seeds trained together)
+    accuracy: np.ndarray | None  # [T], after a stage's last epoch: on each task (mean over seeds that share steps)
     params: PyTree  # as they stand; valid during the call
 
 
@@ -43,7 +43,7 @@ class Result(NamedTuple):
     parameters: int  # scalars that the optimizer trains
     bytes: int  # of parameters and the strategy's state, at the end
     examples: int  # trained on, each as often as it was
-    seconds: float  # wall time, compilation included; of seeds trained together, an equal share
+    seconds: float  # wall time, compilation included; of seeds that share each step, an equal part
     compilations: dict[str, int]  # programs compiled, by name, over all seeds of the run
 
 
@@ -60,7 +60,7 @@ class Plan(NamedTuple):
 
 
 class Seeds(NamedTuple):
-    """Seeds trained together, or a single one."""
+    """Seeds that share each step, or a single one."""
 
     first: int  # position in the run
     keys: Key  # [S]

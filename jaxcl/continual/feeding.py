@@ -40,7 +40,7 @@ def is_streamed(examples: Examples) -> bool:
 
 
 class Feeder:
-    """The batches of one set of examples, or of one set a seed where seeds are trained together.
+    """The batches of one set of examples, or of one set a seed where seeds share each step.
 
     Args:
         examples: one a seed; arrays of equal shapes, or for a single seed anything that `is_streamed`.
