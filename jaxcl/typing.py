@@ -48,7 +48,7 @@ class RandomAccess(Protocol):
 
 
 def is_resident(inputs: ArrayLike | RandomAccess) -> bool:
-    """Whether inputs are an array in memory, of the host or of a device; a memmap is not."""
+    """Whether inputs [N, ...] are an array in memory, of the host or of a device; a memmap is not."""
     return isinstance(inputs, np.ndarray | jax.Array) and not isinstance(inputs, np.memmap)
 
 

@@ -472,6 +472,8 @@ def network(params, inputs):
 MEMORY = {"memory_size": 5, "memory_batch_size": 2}
 FACTORIES = {
     "vq": (lambda: quantize.vq(5, 3), QUANTIZER),
+    "simvq": (lambda: quantize.simvq(5, 3), QUANTIZER),
+    "simvq, trained codebook": (lambda: quantize.simvq(5, 3, hidden=4, train_codebook=True), QUANTIZER),
     "ema_vq": (lambda: quantize.ema_vq(5, 3), QUANTIZER),
     "bottleneck, random projection": (small_bottleneck, BOTTLENECK),
     "bottleneck, chunks": (lambda: small_bottleneck(projection="chunk", top_k=2), BOTTLENECK),

@@ -38,7 +38,7 @@ class Lazy:
 class Subset:
     """Some rows of a source, in the order given."""
 
-    source: ArrayLike | RandomAccess
+    source: ArrayLike | RandomAccess  # [N, ...]
     rows: np.ndarray  # [M]
 
     @property

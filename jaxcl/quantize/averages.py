@@ -1,87 +1,16 @@
-"""Vector quantizers as pure functions, and the statistics of how well a codebook is used.
+"""Codebooks that are moving averages of the vectors that chose them."""
 
-A quantizer is a `Quantizer` made by a factory whose arguments are its hyper-parameters. What learns by gradients is in
-`params` (give it to optax); what is averaged from data is in `state` (give it to `update`). Losses come back unreduced,
-one a vector, and unweighted.
-"""
-
-from collections.abc import Callable
-from typing import Literal, NamedTuple, Protocol
+from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxcl.nearest import Metric, nearest_codes, normalise, squared_distances
-from jaxcl.typing import Array, Key, PyTree, check_at_least, check_between, check_choice, check_width
-
-Gradient = Literal["straight_through", "rotation"]
-
-
-class Quantized(NamedTuple):
-    """What `Quantizer.quantize` makes of vectors x [..., D]."""
-
-    codes: Array  # [..., D], in value the codes; carries the gradient past the choice of code to x
-    indices: Array  # [...] int32
-    commitment_loss: Array  # [...] float32, |x - sg(code)|^2: moves x only
-    codebook_loss: Array  # [...] float32, |sg(x) - code|^2: moves the quantizer's params only
-
-
-class _Update(Protocol):
-    def __call__(
-        self, key: Key, params: PyTree, state: PyTree, x: Array, indices: Array, *, axis_name: str | None = None
-    ) -> PyTree: ...
-
-
-class Quantizer(NamedTuple):
-    """A vector quantizer: four pure functions."""
-
-    init: Callable[[Key], tuple[PyTree, PyTree]]  # (key) -> (params, state)
-    quantize: Callable[[PyTree, PyTree, Array], Quantized]  # (params, state, x [..., D])
-    lookup: Callable[[PyTree, PyTree, Array], Array]  # (params, state, indices [...]) -> codes [..., D]
-    update: _Update  # (key, params, state, x [..., D], indices [...], *, axis_name) -> state
-
-
-def vq(
-    codebook_size: int,
-    width: int,
-    *,
-    metric: Metric = "euclidean",
-    gradient: Gradient = "straight_through",
-    block_size: int | None = None,
-) -> Quantizer:
-    """Vector quantization with a codebook that learns by gradients (van den Oord et al. 2017, eq. 3).
-
-    Params are the codebook [K, D], N(0, 1/D) at first; there is no state, and `update` returns it as it came.
-
-    Args:
-        codebook_size: K.
-        width: D.
-        metric: "cosine" searches, and compares x with the code, after both are scaled to unit length.
-        gradient: how the gradient passes the choice of code: "straight_through" copies it, "rotation" turns and
-            scales it as the code is turned and scaled from x (Fifty et al. 2024).
-        block_size: see `nearest.nearest_codes`.
-
-    Raises:
-        ValueError: K or D below 1, or an unknown option; in use, vectors whose width is not D.
-    """
-    _check_options(codebook_size, width, metric, gradient, block_size)
-
-    def init(key: Key) -> tuple[Array, tuple[()]]:
-        return jax.random.normal(key, (codebook_size, width)) * width**-0.5, ()
-
-    def quantize(params: Array, state: tuple[()], x: Array) -> Quantized:
-        return _quantize(x, params, metric, gradient, block_size)
-
-    def lookup(params: Array, state: tuple[()], indices: Array) -> Array:
-        return normalise(params[indices]) if metric == "cosine" else params[indices]
-
-    def update(
-        key: Key, params: Array, state: tuple[()], x: Array, indices: Array, *, axis_name: str | None = None
-    ) -> tuple[()]:
-        return state
-
-    return Quantizer(init, quantize, lookup, update)
+from jaxcl.nearest import Metric, normalise
+from jaxcl.quantize.contract import Gradient, Quantized, Quantizer, check_options, choose_nearest
+from jaxcl.quantize.statistics import usage
+from jaxcl.typing import Array, Key, check_at_least, check_between, check_width
 
 
 class EMAState(NamedTuple):
@@ -126,7 +55,7 @@ def ema_vq(
         ValueError: sizes below 1, a decay outside [0, 1], a negative threshold or count, or an unknown option; in use,
             vectors whose width is not D.
     """
-    _check_options(codebook_size, width, metric, gradient, block_size)
+    check_options(codebook_size, width, metric, gradient, block_size)
     check_between("decay", decay, 0, 1)
     check_at_least("epsilon", epsilon, 0)
     check_at_least("initial_count", initial_count, 0)
@@ -141,10 +70,10 @@ def ema_vq(
         return (), initial_averages(codebook, initial_count)
 
     def quantize(params: tuple[()], state: EMAState, x: Array) -> Quantized:
-        return _quantize(x, lax.stop_gradient(state.codebook), metric, gradient, block_size)
+        return choose_nearest(x, state.codebook, partial(lookup, params, state), metric, gradient, block_size)
 
     def lookup(params: tuple[()], state: EMAState, indices: Array) -> Array:
-        return state.codebook[indices]
+        return lax.stop_gradient(state.codebook[indices])
 
     def update(
         key: Key, params: tuple[()], state: EMAState, x: Array, indices: Array, *, axis_name: str | None = None
@@ -241,77 +170,3 @@ def replace_codes(state: EMAState, rows: Array, dead: Array, count: Array | floa
         counts=jnp.where(dead, count, state.counts),
         sums=jnp.where(mask, rows * count, state.sums),
     )
-
-
-def usage(indices: Array, codebook_size: int, *, axis_name: str | None = None) -> Array:
-    """How often each code was chosen: [K] int32 from `indices` of any shape, added up over `axis_name` if given."""
-    check_at_least("codebook_size", codebook_size, 1)
-    counts = jnp.zeros(codebook_size, jnp.int32).at[indices.reshape(-1)].add(1)
-    return counts if axis_name is None else lax.psum(counts, axis_name)
-
-
-def utilisation(counts: Array) -> Array:
-    """Share of codes chosen at least once, from counts [..., K]; [...] float32."""
-    return jnp.mean(counts > 0, axis=-1, dtype=jnp.float32)
-
-
-def perplexity(counts: Array) -> Array:
-    """Exp of the entropy (nats) of the codes' frequencies, from counts [..., K]; from 1 to K, and 0 for no counts."""
-    total = counts.sum(axis=-1, keepdims=True)
-    frequency = counts / jnp.where(total > 0, total, 1)
-    entropy = -jnp.sum(jax.scipy.special.xlogy(frequency, frequency), axis=-1)
-    return jnp.where(total[..., 0] > 0, jnp.exp(entropy), 0.0)
-
-
-def dead_codes(counts: Array) -> Array:
-    """Number of codes never chosen, from counts [..., K]; [...] int32."""
-    return jnp.sum(counts == 0, axis=-1, dtype=jnp.int32)
-
-
-def rotate(x: Array, codes: Array, epsilon: float = 1e-6) -> Array:
-    """`codes` in value, with the gradient of the rotation and scaling that carries `x` to them (Fifty et al. 2024).
-
-    Args:
-        x: vectors, [..., D].
-        codes: their codes, [..., D].
-        epsilon: shortest length divided by.
-
-    Returns:
-        [..., D]: `s R x`, R the rotation of x onto the code in their plane and s the quotient of lengths, both taken
-        as constants. R is two reflections, so it is applied in O(D) (their section 4.2).
-    """
-    length, code_length = (
-        jnp.maximum(jnp.linalg.norm(v, axis=-1, keepdims=True), epsilon) for v in lax.stop_gradient((x, codes))
-    )
-    start, end = lax.stop_gradient((x / length, codes / code_length))
-    middle = normalise(start + end, epsilon)
-    turned = (
-        x
-        - 2 * jnp.sum(x * middle, axis=-1, keepdims=True) * middle
-        + 2 * jnp.sum(x * start, axis=-1, keepdims=True) * end
-    )
-    return turned * (code_length / length)
-
-
-def _check_options(codebook_size: int, width: int, metric: Metric, gradient: Gradient, block_size: int | None) -> None:
-    check_at_least("codebook_size", codebook_size, 1)
-    check_at_least("width", width, 1)
-    check_choice("metric", metric, ("euclidean", "cosine"))
-    if block_size is not None:
-        check_at_least("block_size", block_size, 1)
-    check_choice("gradient", gradient, ("straight_through", "rotation"))
-
-
-def _quantize(x: Array, codebook: Array, metric: Metric, gradient: Gradient, block_size: int | None) -> Quantized:
-    indices = nearest_codes(x, codebook, metric=metric, block_size=block_size)
-    if metric == "cosine":
-        x, codebook = normalise(x), normalise(codebook)
-    codes = codebook[indices].astype(x.dtype)
-    passed = lax.stop_gradient(codes)
-    if gradient == "rotation":
-        # The rotated x equals the code only up to rounding: take the code's value and the rotation's gradient.
-        turned = rotate(x, passed)
-        output = passed + (turned - lax.stop_gradient(turned))
-    else:
-        output = passed + (x - lax.stop_gradient(x))
-    return Quantized(output, indices, squared_distances(x, passed), squared_distances(lax.stop_gradient(x), codes))

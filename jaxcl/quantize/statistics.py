@@ -1,0 +1,32 @@
+"""How well a codebook is used."""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxcl.typing import Array, check_at_least
+
+
+def usage(indices: Array, codebook_size: int, *, axis_name: str | None = None) -> Array:
+    """How often each code was chosen: [K] int32 from `indices` of any shape, added up over `axis_name` if given."""
+    check_at_least("codebook_size", codebook_size, 1)
+    counts = jnp.zeros(codebook_size, jnp.int32).at[indices.reshape(-1)].add(1)
+    return counts if axis_name is None else lax.psum(counts, axis_name)
+
+
+def utilisation(counts: Array) -> Array:
+    """Share of codes chosen at least once, from counts [..., K]; [...] float32."""
+    return jnp.mean(counts > 0, axis=-1, dtype=jnp.float32)
+
+
+def perplexity(counts: Array) -> Array:
+    """Exp of the entropy (nats) of the codes' frequencies, from counts [..., K]; from 1 to K, and 0 for no counts."""
+    total = counts.sum(axis=-1, keepdims=True)
+    frequency = counts / jnp.where(total > 0, total, 1)
+    entropy = -jnp.sum(jax.scipy.special.xlogy(frequency, frequency), axis=-1)
+    return jnp.where(total[..., 0] > 0, jnp.exp(entropy), 0.0)
+
+
+def dead_codes(counts: Array) -> Array:
+    """Number of codes never chosen, from counts [..., K]; [...] int32."""
+    return jnp.sum(counts == 0, axis=-1, dtype=jnp.int32)
