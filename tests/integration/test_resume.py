@@ -45,26 +45,33 @@ def left_by(out):
     return json.loads((out / "metrics.json").read_text())["results"], files, states
 
 
+def run_with_kills(out, stream, moments, most):
+    """A run to its end, killed at random moments and started again at most so many times; how many it came to."""
+    out.mkdir()
+    for kills in range(most):
+        process = start(out, stream)
+        saved = len(list(out.rglob("commit_success.txt")))
+        while len(list(out.rglob("commit_success.txt"))) == saved and process.poll() is None:
+            time.sleep(0.02)
+        time.sleep(moments.uniform(0, 2))
+        if process.poll() is not None:  # it came to its end
+            assert process.returncode == 0, Path(f"{out}.log").read_text()[-3000:]
+            return kills
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert start(out, stream).wait() == 0, Path(f"{out}.log").read_text()[-3000:]
+    return most
+
+
 def test_killed_and_started_again_an_experiment_leaves_the_same(tmp_path):
     moments = random.Random(0)
     for stream in STREAMS:
-        undisturbed, out, kills = tmp_path / stream / "undisturbed", tmp_path / stream / "killed", 0
+        undisturbed, kills, wanted = tmp_path / stream / "undisturbed", 0, -(-KILLS // len(STREAMS))
         undisturbed.mkdir(parents=True)
-        out.mkdir()
         assert start(undisturbed, stream).wait() == 0, Path(f"{undisturbed}.log").read_text()[-3000:]
-        while kills < -(-KILLS // len(STREAMS)):
-            process = start(out, stream)
-            saved = len(list(out.rglob("commit_success.txt")))
-            while len(list(out.rglob("commit_success.txt"))) == saved and process.poll() is None:
-                time.sleep(0.02)
-            time.sleep(moments.uniform(0, 2))
-            if process.poll() is not None:
-                break  # it came to its end
-            process.send_signal(signal.SIGKILL)
-            process.wait()
-            kills += 1
-        assert start(out, stream).wait() == 0, Path(f"{out}.log").read_text()[-3000:]
+        while kills < wanted:
+            out = tmp_path / stream / f"killed_{kills}"
+            kills += run_with_kills(out, stream, moments, wanted - kills)
+            for found, expected in zip(left_by(out / stream), left_by(undisturbed / stream), strict=True):
+                assert jax.tree.all(jax.tree.map(lambda ours, theirs: ours == theirs, found, expected))
         print(f"{stream}: killed {kills} times")
-        assert kills >= 2
-        for found, expected in zip(left_by(out / stream), left_by(undisturbed / stream), strict=True):
-            assert jax.tree.all(jax.tree.map(lambda ours, theirs: ours == theirs, found, expected))
