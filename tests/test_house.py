@@ -475,6 +475,7 @@ FACTORIES = {
     "simvq": (lambda: quantize.simvq(5, 3), QUANTIZER),
     "simvq, trained codebook": (lambda: quantize.simvq(5, 3, hidden=4, train_codebook=True), QUANTIZER),
     "ema_vq": (lambda: quantize.ema_vq(5, 3), QUANTIZER),
+    "fsq": (lambda: quantize.fsq([5, 4]), QUANTIZER),
     "bottleneck, random projection": (small_bottleneck, BOTTLENECK),
     "bottleneck, chunks": (lambda: small_bottleneck(projection="chunk", top_k=2), BOTTLENECK),
     "naive": (lambda: naive(network), STRATEGY),

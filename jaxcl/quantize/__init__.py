@@ -15,6 +15,7 @@ from jaxcl.quantize.averages import (
 )
 from jaxcl.quantize.contract import Quantized, Quantizer, rotate
 from jaxcl.quantize.learned import simvq, vq
+from jaxcl.quantize.scalar import fsq
 from jaxcl.quantize.statistics import dead_codes, perplexity, usage, utilisation
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "dead_codes",
     "draw_replacements",
     "ema_vq",
+    "fsq",
     "initial_averages",
     "perplexity",
     "replace_codes",
