@@ -13,6 +13,7 @@ from jaxcl.quantize.averages import (
     replace_codes,
     update_averages,
 )
+from jaxcl.quantize.composed import grouped, residual
 from jaxcl.quantize.contract import Quantized, Quantizer, rotate
 from jaxcl.quantize.learned import simvq, vq
 from jaxcl.quantize.scalar import fsq
@@ -26,9 +27,11 @@ __all__ = [
     "draw_replacements",
     "ema_vq",
     "fsq",
+    "grouped",
     "initial_averages",
     "perplexity",
     "replace_codes",
+    "residual",
     "rotate",
     "simvq",
     "update_averages",
