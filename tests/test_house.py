@@ -476,6 +476,7 @@ FACTORIES = {
     "simvq, trained codebook": (lambda: quantize.simvq(5, 3, hidden=4, train_codebook=True), QUANTIZER),
     "ema_vq": (lambda: quantize.ema_vq(5, 3), QUANTIZER),
     "fsq": (lambda: quantize.fsq([5, 4]), QUANTIZER),
+    "lfq": (lambda: quantize.lfq(4), QUANTIZER),
     "residual": (lambda: quantize.residual(quantize.vq(5, 3), 2), QUANTIZER),
     "grouped": (lambda: quantize.grouped(quantize.vq(5, 3), 2), QUANTIZER),
     "bottleneck, random projection": (small_bottleneck, BOTTLENECK),

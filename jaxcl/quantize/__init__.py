@@ -16,7 +16,7 @@ from jaxcl.quantize.averages import (
 from jaxcl.quantize.composed import grouped, residual
 from jaxcl.quantize.contract import Quantized, Quantizer, rotate
 from jaxcl.quantize.learned import simvq, vq
-from jaxcl.quantize.scalar import fsq
+from jaxcl.quantize.scalar import fsq, lfq, lfq_entropies
 from jaxcl.quantize.statistics import dead_codes, perplexity, usage, utilisation
 
 __all__ = [
@@ -29,6 +29,8 @@ __all__ = [
     "fsq",
     "grouped",
     "initial_averages",
+    "lfq",
+    "lfq_entropies",
     "perplexity",
     "replace_codes",
     "residual",

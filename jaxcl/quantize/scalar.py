@@ -3,12 +3,16 @@
 import math
 from collections.abc import Sequence
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jaxcl.nearest import squared_distances
 from jaxcl.quantize.contract import Quantized, Quantizer, no_update
-from jaxcl.typing import Array, Key, bad_argument, check_at_least, check_width
+from jaxcl.typing import Array, Key, bad_argument, check_at_least, check_between, check_width
+
+_BLOCK = 4096  # codes whose probabilities are held at a time
 
 
 def fsq(levels: Sequence[int], *, epsilon: float = 1e-3) -> Quantizer:
@@ -56,3 +60,90 @@ def fsq(levels: Sequence[int], *, epsilon: float = 1e-3) -> Quantizer:
         return ((digits - middle) / middle).astype(jnp.float32)
 
     return Quantizer(init, quantize, lookup, no_update)
+
+
+def lfq(width: int, *, scale: float = 1.0) -> Quantizer:
+    """Lookup-free quantization (Yu et al. 2023): an entry above zero becomes `scale`, all others `-scale`.
+
+    There are no params and no state; K is 2^D. The codebook loss is zero. An index has the first entry's bit highest.
+    Gradients pass straight through. Add `lfq_entropies` to the loss, or few codes are used. As
+    vector-quantize-pytorch has it.
+
+    Args:
+        width: D, from 1 to 30.
+        scale: distance of codes from zero in each entry.
+
+    Raises:
+        ValueError: a width out of range or a scale that is not positive; in use, vectors whose width is not D.
+    """
+    check_between("width", width, 1, 30)
+    check_at_least("scale", scale, 1e-12)
+
+    def init(key: Key) -> tuple[tuple[()], tuple[()]]:
+        return (), ()
+
+    def quantize(params: tuple[()], state: tuple[()], x: Array) -> Quantized:
+        check_width("x", x, width, "the quantizer")
+        above = lax.stop_gradient(x) > 0
+        indices = jnp.sum(above * _place_values(width), axis=-1, dtype=jnp.int32)
+        codes = jnp.where(above, scale, -scale).astype(x.dtype)
+        output = codes + (x - lax.stop_gradient(x))
+        return Quantized(output, indices, squared_distances(x, codes), jnp.zeros(x.shape[:-1]))
+
+    def lookup(params: tuple[()], state: tuple[()], indices: Array) -> Array:
+        return _signs(indices, width) * jnp.float32(scale)
+
+    return Quantizer(init, quantize, lookup, no_update)
+
+
+def lfq_entropies(
+    x: Array, *, scale: float = 1.0, inverse_temperature: float = 100.0, floor: float = 1e-20
+) -> tuple[Array, Array]:
+    """The entropies that lookup-free quantization trains by (Yu et al. 2023, section 3.2), in nats.
+
+    Each vector chooses code c with probability softmax of 2 t <x, c>. The loss is usually a tenth of the mean of the
+    first result less the second: each choice certain, all codes in use. Probabilities are worked out for some codes at
+    a time, and again for the gradient, so that no [N, K] array exists.
+
+    Args:
+        x: vectors before quantization, [..., D].
+        scale: as in `lfq`.
+        inverse_temperature: t.
+        floor: probabilities in logarithms are no less than this; vector-quantize-pytorch has 1e-5, below which its
+            gradient is zero.
+
+    Returns:
+        (entropy of each choice [...], entropy of the choice averaged over all vectors []).
+    """
+    width = x.shape[-1]
+    check_between("x width", width, 1, 30)
+    flat = x.reshape(-1, width).astype(jnp.float32)
+    # The softmax over all sign patterns is a product over entries: its normaliser needs no sum over codes.
+    scores = 2 * inverse_temperature * scale * flat
+    normaliser = jnp.logaddexp(scores, -scores).sum(axis=-1, keepdims=True)
+    block = min(_BLOCK, 2**width)
+
+    def entropy_of(probabilities: Array) -> Array:
+        return -probabilities * jnp.log(jnp.maximum(probabilities, floor))
+
+    @jax.checkpoint
+    def step(total: tuple[Array, Array], start: Array) -> tuple[tuple[Array, Array], None]:
+        signs = _signs(start + jnp.arange(block), width)
+        chosen = jnp.exp(jnp.matmul(scores, signs.T, precision=lax.Precision.HIGHEST) - normaliser)
+        each = entropy_of(chosen).sum(axis=-1)
+        average = entropy_of(chosen.mean(axis=0)).sum()
+        return (total[0] + each, total[1] + average), None
+
+    starts = jnp.arange(2**width // block, dtype=jnp.int32) * block
+    (each, average), _ = lax.scan(step, (jnp.zeros(len(flat)), jnp.float32(0)), starts)
+    return each.reshape(x.shape[:-1]), average
+
+
+def _place_values(width: int) -> np.ndarray:
+    """[D] int32, powers of two, the highest first."""
+    return 2 ** np.arange(width - 1, -1, -1, dtype=np.int32)
+
+
+def _signs(indices: Array, width: int) -> Array:
+    """+1 and -1, [..., D] float32, of indices [...]."""
+    return jnp.where(indices[..., None] // _place_values(width) % 2 == 1, 1.0, -1.0)
