@@ -20,7 +20,7 @@ from jaxcl.continual import Strategy, Stream, streams
 from jaxcl.typing import PyTree
 
 CARDS = {
-    "": Card("2 min", "eight MLPs in 3 times the time of one, or less with compilation; never slower than in turn")
+    "": Card("4 min", "eight MLPs in 3 times the time of one, or less with compilation; never slower than in turn")
 }
 SEEDS, EPOCHS, ROUNDS = 8, 200, 5
 Learner = tuple[Callable[[], Strategy], optax.GradientTransformation, Sequence[PyTree], Sequence[Stream]]

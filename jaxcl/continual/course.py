@@ -173,7 +173,8 @@ class Course:
         calls = self._calls(*cursor)
         for epoch in range(cursor.epoch, epochs):
             state = self._run_epoch(state, stage, epoch, calls, record)
-            calls = self._calls(stage, epoch + 1)  # laid out while the device still works
+            if epoch + 1 < epochs or self._programs.observe:
+                calls = self._calls(stage, epoch + 1)  # laid out while the device still works
             record = self._recorded(state, stage, epoch, record)
             if epoch + 1 < epochs:
                 self._report(state, record, time.perf_counter() - epoch_began)

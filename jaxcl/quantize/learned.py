@@ -87,7 +87,7 @@ def simvq(
         hidden: width of a hidden layer with GELU between C and the codes, in place of the linear basis; None has none.
         bias: whether layers have one, as the authors' do; vector-quantize-pytorch's have none.
         initial: of the kernels: "uniform" in +-1 / sqrt(inputs), as bias and the authors' both; "orthogonal" columns
-            or rows; or "identity", padded with zeros, so that the codes begin as C.
+            or rows; or "identity", padded with zeros, so that a linear basis without bias begins with C as its codes.
         train_codebook: whether C learns too.
         metric: as in `vq`.
         gradient: as in `vq`; vector-quantize-pytorch's default is "rotation".
@@ -126,7 +126,7 @@ def simvq(
         return params["codebook"] if train_codebook else lax.stop_gradient(state)
 
     def quantize(params: PyTree, state: PyTree, x: Array) -> Quantized:
-        codes = project(lax.stop_gradient(params), lax.stop_gradient(codebook(params, state)))
+        codes = project(*lax.stop_gradient((params, codebook(params, state))))
         return choose_nearest(x, codes, partial(lookup, params, state), metric, gradient, block_size)
 
     def lookup(params: PyTree, state: PyTree, indices: Array) -> Array:

@@ -48,7 +48,7 @@ def fsq(levels: Sequence[int], *, epsilon: float = 1e-3) -> Quantizer:
         return (), ()
 
     def quantize(params: tuple[()], state: tuple[()], x: Array) -> Quantized:
-        check_width("x", x, len(levels), "one entry a number of levels")
+        check_width("x", x, len(levels), "the levels")
         bounded = jnp.tanh(x.astype(jnp.float32) + jnp.float32(shift)) * jnp.float32(half_range) - jnp.float32(offset)
         rounded = bounded + lax.stop_gradient(jnp.round(bounded) - bounded)
         indices = jnp.sum((lax.stop_gradient(jnp.round(bounded)).astype(jnp.int32) + middle) * basis, axis=-1)
