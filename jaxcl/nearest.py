@@ -10,6 +10,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -32,6 +33,7 @@ def nearest_codes(
     block_size: int | None = None,
     axis_name: str | None = None,
     eligible: Array | None = None,
+    transform: Callable[[Array], Array] | None = None,
 ) -> Array:
     """Index of the code nearest to each vector.
 
@@ -44,6 +46,8 @@ def nearest_codes(
         axis_name: mapped axis over which `codebook` is split; the winner is agreed across it, and indices count codes
             over all devices. The result is the same on each of them.
         eligible: [K] bool, the codes that may be chosen (all of them if None). If none may, the index is 0.
+        transform: what the rows of `codebook` [K, any width] stand for: applied to a block at a time, it gives the
+            codes [block, D], which thus need not all exist at once. Nothing it closes over gets a gradient.
 
     Returns:
         [...] int32.
@@ -51,10 +55,9 @@ def nearest_codes(
     Raises:
         ValueError: wrong ranks or widths, no code, an unknown metric, a block smaller than 1.
     """
-    x, codebook, eligible = _prepare(x, codebook, metric, block_size, eligible)
-    best, index = _by_backend(
-        partial(_search, metric=metric), x.reshape(-1, x.shape[-1]), codebook, eligible, block_size
-    )
+    x, codebook, eligible, codes_of = _prepare(x, codebook, metric, block_size, eligible, transform)
+    search = partial(_search, codes_of=codes_of, metric=metric)
+    best, index = _by_backend(search, x.reshape(-1, x.shape[-1]), codebook, eligible, block_size)
     if axis_name is not None:
         index += lax.axis_index(axis_name) * codebook.shape[0]
         index = lax.pmin(jnp.where(best == lax.pmax(best, axis_name), index, jnp.iinfo(jnp.int32).max), axis_name)
@@ -84,12 +87,11 @@ def nearest_k_codes(
     Returns:
         [..., k] int32.
     """
-    x, codebook, eligible = _prepare(x, codebook, metric, block_size, eligible)
+    x, codebook, eligible, codes_of = _prepare(x, codebook, metric, block_size, eligible, None)
     if not 1 <= k <= codebook.shape[0]:
         raise bad_argument("k", k, f"pass a number from 1 to {codebook.shape[0]}, the number of codes")
-    index = _by_backend(
-        partial(_search_k, metric=metric, k=k), x.reshape(-1, x.shape[-1]), codebook, eligible, block_size
-    )
+    search = partial(_search_k, codes_of=codes_of, metric=metric, k=k)
+    index = _by_backend(search, x.reshape(-1, x.shape[-1]), codebook, eligible, block_size)
     return index.reshape(*x.shape[:-1], k)
 
 
@@ -107,25 +109,37 @@ def normalise(x: Array, epsilon: float = 1e-6) -> Array:
 
 
 def _prepare(
-    x: Array, codebook: Array, metric: Metric, block_size: int | None, eligible: Array | None
-) -> tuple[Array, Array, Array]:
-    """Checks arguments; returns x [..., D] and codes [K, D] of one dtype, and which codes may be chosen [K]."""
+    x: Array,
+    codebook: Array,
+    metric: Metric,
+    block_size: int | None,
+    eligible: Array | None,
+    transform: Callable[[Array], Array] | None,
+) -> tuple[Array, Array, Array, Callable[[Array], Array]]:
+    """Checks arguments; returns x [..., D], codebook, which codes may be chosen [K], and what makes rows codes."""
     check_choice("metric", metric, _METRICS)
     check_rank("codebook", codebook, 2)
     check_at_least("codebook rows", codebook.shape[0], 1)
-    check_width("x", x, codebook.shape[1], "codebook")
+    made = codebook if transform is None else jax.eval_shape(transform, codebook)
+    check_width("x", x, made.shape[1], "codebook")
     if block_size is not None:
         check_at_least("block_size", block_size, 1)
     if eligible is None:
         eligible = jnp.ones(len(codebook), bool)
     if eligible.shape != (len(codebook),):
         raise bad_argument("eligible", f"shape {tuple(eligible.shape)}", f"pass [{len(codebook)}], one a code")
-    dtype = jnp.promote_types(x.dtype, codebook.dtype)
-    x, codebook = lax.stop_gradient((x.astype(dtype), codebook.astype(dtype)))
-    if metric == "cosine":
-        x, codebook = normalise(x.astype(jnp.float32)), normalise(codebook.astype(jnp.float32))
+    dtype = jnp.promote_types(x.dtype, made.dtype)
+    x, codebook = lax.stop_gradient((x, codebook))
+
+    def compared(vectors: Array) -> Array:
+        return normalise(vectors.astype(jnp.float32)) if metric == "cosine" else vectors.astype(dtype)
+
+    def codes_of(rows: Array) -> Array:
+        return compared(rows if transform is None else lax.stop_gradient(transform(rows)))
+
+    x = compared(x)
     # All scores of a vector that is not finite are NaN, and so its index is the same whatever the blocks.
-    return jnp.where(jnp.isfinite(x).all(axis=-1, keepdims=True), x, jnp.nan), codebook, eligible
+    return jnp.where(jnp.isfinite(x).all(axis=-1, keepdims=True), x, jnp.nan), codebook, eligible, codes_of
 
 
 def _by_backend(search: Callable[..., Any], x: Array, codebook: Array, eligible: Array, block_size: int | None) -> Any:
@@ -149,18 +163,25 @@ def _scores(x: Array, codes: Array, eligible: Array, metric: Metric) -> Array:
     return product - jnp.where(eligible, offset, jnp.finfo(jnp.float32).max)
 
 
-def _search(x: Array, codebook: Array, eligible: Array, block: int | None, metric: Metric) -> Pair:
+def _search(
+    x: Array,
+    codebook: Array,
+    eligible: Array,
+    block: int | None,
+    codes_of: Callable[[Array], Array],
+    metric: Metric,
+) -> Pair:
     """Best score [N] and its index [N]."""
     if block is None:
-        scores = _scores(x, codebook, eligible, metric)
+        scores = _scores(x, codes_of(codebook), eligible, metric)
         highest = scores.max(axis=-1)
         return jnp.where(jnp.isnan(highest), -jnp.inf, highest), jnp.argmax(scores, axis=-1).astype(jnp.int32)
 
-    def in_block(codes: Array, eligible: Array, start: Array) -> Pair:
-        scores = _scores(x, codes, eligible, metric)
+    def in_block(rows: Array, eligible: Array, start: Array) -> Pair:
+        scores = _scores(x, codes_of(rows), eligible, metric)
         # The maximum and then where it stands: two passes that vectorise, unlike argmax, which does not on CPU.
         highest = scores.max(axis=-1)
-        position = jnp.where(scores == highest[:, None], jnp.arange(len(codes)), len(codes)).min(axis=-1)
+        position = jnp.where(scores == highest[:, None], jnp.arange(len(rows)), len(rows)).min(axis=-1)
         known = ~jnp.isnan(highest)
         return jnp.where(known, highest, -jnp.inf), jnp.where(known, start + position, 0)
 
@@ -170,13 +191,21 @@ def _search(x: Array, codebook: Array, eligible: Array, block: int | None, metri
     return _fold_blocks(in_block, better, _in_blocks(codebook, eligible, block))
 
 
-def _search_k(x: Array, codebook: Array, eligible: Array, block: int | None, metric: Metric, k: int) -> Array:
+def _search_k(
+    x: Array,
+    codebook: Array,
+    eligible: Array,
+    block: int | None,
+    codes_of: Callable[[Array], Array],
+    metric: Metric,
+    k: int,
+) -> Array:
     """Indices [N, k] of the best scores, best first."""
 
-    def in_block(codes: Array, eligible: Array, start: Array) -> Pair:
-        scores = _scores(x, codes, eligible, metric)
+    def in_block(rows: Array, eligible: Array, start: Array) -> Pair:
+        scores = _scores(x, codes_of(rows), eligible, metric)
         scores = jnp.where(scores == 0, 0.0, scores)  # top_k would put 0 before -0
-        best, position = lax.top_k(scores, min(k, len(codes)))
+        best, position = lax.top_k(scores, min(k, len(rows)))
         return best, start + position
 
     def better(best: Pair, other: Pair) -> Pair:

@@ -10,16 +10,18 @@ from jaxcl.quantize.averages import (
     draw_replacements,
     ema_vq,
     initial_averages,
+    place_codes,
     replace_codes,
     update_averages,
 )
-from jaxcl.quantize.composed import grouped, residual
-from jaxcl.quantize.contract import Quantized, Quantizer, rotate
+from jaxcl.quantize.composed import grouped, projected, residual
+from jaxcl.quantize.contract import NO_CODE, Quantized, Quantizer, rotate
 from jaxcl.quantize.learned import simvq, vq
 from jaxcl.quantize.scalar import fsq, lfq, lfq_entropies
 from jaxcl.quantize.statistics import dead_codes, perplexity, usage, utilisation
 
 __all__ = [
+    "NO_CODE",
     "EMAState",
     "Quantized",
     "Quantizer",
@@ -32,6 +34,8 @@ __all__ = [
     "lfq",
     "lfq_entropies",
     "perplexity",
+    "place_codes",
+    "projected",
     "replace_codes",
     "residual",
     "rotate",

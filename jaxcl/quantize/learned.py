@@ -9,7 +9,18 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxcl.nearest import Metric
-from jaxcl.quantize.contract import Gradient, Quantized, Quantizer, check_options, choose_nearest, no_update, scaled
+from jaxcl.quantize.averages import place_codes
+from jaxcl.quantize.contract import (
+    Gradient,
+    Quantized,
+    Quantizer,
+    check_options,
+    choose_nearest,
+    no_place,
+    no_update,
+    scaled,
+    take_codes,
+)
 from jaxcl.typing import Array, Key, PyTree, check_at_least, check_choice
 
 Basis = Literal["uniform", "orthogonal", "identity"]
@@ -27,6 +38,7 @@ def vq(
     metric: Metric = "euclidean",
     gradient: Gradient = "straight_through",
     block_size: int | None = None,
+    codebook_axis: str | None = None,
 ) -> Quantizer:
     """Vector quantization with a codebook that learns by gradients (van den Oord et al. 2017, eq. 3).
 
@@ -39,22 +51,36 @@ def vq(
         gradient: how the gradient passes the choice of code: "straight_through" copies it, "rotation" turns and
             scales it as the code is turned and scaled from x (Fifty et al. 2024).
         block_size: see `nearest.nearest_codes`.
+        codebook_axis: mapped axis over which the codebook is split by its first axis (`init` gives it whole). Indices
+            count codes over all devices, and what is told of the vectors is the same on each of that axis.
 
     Raises:
-        ValueError: K or D below 1, or an unknown option; in use, vectors whose width is not D.
+        ValueError: K or D below 1, or an unknown option; in use, vectors whose width is not D or a mask that does not
+            fit them.
     """
     check_options(codebook_size, width, metric, gradient, block_size)
 
     def init(key: Key) -> tuple[Array, tuple[()]]:
         return jax.random.normal(key, (codebook_size, width)) * width**-0.5, ()
 
-    def quantize(params: Array, state: tuple[()], x: Array) -> Quantized:
-        return choose_nearest(x, params, partial(lookup, params, state), metric, gradient, block_size)
+    def quantize(params: Array, state: tuple[()], x: Array, mask: Array | None = None) -> Quantized:
+        return choose_nearest(
+            x, mask, params, partial(lookup, params, state),
+            metric=metric, gradient=gradient, block_size=block_size, codebook_axis=codebook_axis,
+        )  # fmt: skip
 
     def lookup(params: Array, state: tuple[()], indices: Array) -> Array:
-        return scaled(params[indices], metric)
+        return scaled(take_codes(params, indices, codebook_axis), metric)
 
-    return Quantizer(init, quantize, lookup, no_update)
+    def place(
+        key: Key, params: Array, state: tuple[()], x: Array, *, iterations: int = 0, axis_name: str | None = None
+    ) -> tuple[Array, tuple[()]]:
+        codebook = place_codes(
+            key, params, x, iterations=iterations, metric=metric, axis_name=axis_name, codebook_axis=codebook_axis
+        )
+        return codebook, state
+
+    return Quantizer(init, quantize, lookup, no_update, place)
 
 
 def simvq(
@@ -69,11 +95,13 @@ def simvq(
     metric: Metric = "euclidean",
     gradient: Gradient = "straight_through",
     block_size: int | None = None,
+    codebook_axis: str | None = None,
 ) -> Quantizer:
     """SimVQ (Zhu et al. 2025, section 4): the codes are C W + b, of which W and b learn and C does not.
 
     A step that moves W moves every code, chosen or not, so that none is left behind. Losses reach W through the chosen
-    rows `C[i] W + b` alone; all of `C W` is formed for the search, without a gradient.
+    rows `C[i] W + b` alone. The search forms `C W + b` a block of codes at a time, without a gradient, so that beside C
+    no array [K, D] exists.
 
     Params are {"basis": [{"kernel": W [D_C, D], "bias": b [D]}]}, with two such layers if `hidden` is given, and
     "codebook": C if `train_codebook`. The state is C [K, D_C], N(0, 1/D_C) at first, or () if it is among the params.
@@ -92,9 +120,11 @@ def simvq(
         metric: as in `vq`.
         gradient: as in `vq`; vector-quantize-pytorch's default is "rotation".
         block_size: see `nearest.nearest_codes`.
+        codebook_axis: as in `vq`: C is split, the basis is not.
 
     Raises:
-        ValueError: sizes below 1 or an unknown option; in use, vectors whose width is not D.
+        ValueError: sizes below 1 or an unknown option; in use, vectors whose width is not D or a mask that does not fit
+            them.
     """
     check_options(codebook_size, width, metric, gradient, block_size)
     check_choice("initial", initial, _BASES)
@@ -125,11 +155,15 @@ def simvq(
     def codebook(params: PyTree, state: PyTree) -> Array:
         return params["codebook"] if train_codebook else lax.stop_gradient(state)
 
-    def quantize(params: PyTree, state: PyTree, x: Array) -> Quantized:
-        codes = project(*lax.stop_gradient((params, codebook(params, state))))
-        return choose_nearest(x, codes, partial(lookup, params, state), metric, gradient, block_size)
+    def quantize(params: PyTree, state: PyTree, x: Array, mask: Array | None = None) -> Quantized:
+        return choose_nearest(
+            x, mask, codebook(params, state), partial(lookup, params, state),
+            metric=metric, gradient=gradient, block_size=block_size, codebook_axis=codebook_axis,
+            transform=partial(project, lax.stop_gradient(params)),
+        )  # fmt: skip
 
     def lookup(params: PyTree, state: PyTree, indices: Array) -> Array:
-        return scaled(project(params, codebook(params, state)[indices]), metric)
+        codes = project(params, take_codes(codebook(params, state), indices, codebook_axis))
+        return jnp.where((indices >= 0)[..., None], scaled(codes, metric), 0)
 
-    return Quantizer(init, quantize, lookup, no_update)
+    return Quantizer(init, quantize, lookup, no_update, no_place)

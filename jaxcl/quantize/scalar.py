@@ -9,7 +9,7 @@ import numpy as np
 from jax import lax
 
 from jaxcl.nearest import squared_distances
-from jaxcl.quantize.contract import Quantized, Quantizer, no_update
+from jaxcl.quantize.contract import Quantized, Quantizer, no_place, no_update, usable, where_valid
 from jaxcl.typing import Array, Key, bad_argument, check_at_least, check_between, check_width
 
 _BLOCK = 4096  # codes whose probabilities are held at a time
@@ -28,7 +28,8 @@ def fsq(levels: Sequence[int], *, epsilon: float = 1e-3) -> Quantizer:
         epsilon: by how much the bound is wider than the outermost level, relatively, so that it can be reached.
 
     Raises:
-        ValueError: no levels, one below 2, or 2**31 codes or more; in use, vectors whose width is not D.
+        ValueError: no levels, one below 2, or 2**31 codes or more; in use, vectors whose width is not D or a mask that
+            does not fit them.
     """
     if not levels:
         raise bad_argument("levels", levels, "pass one number an entry")
@@ -47,19 +48,20 @@ def fsq(levels: Sequence[int], *, epsilon: float = 1e-3) -> Quantizer:
     def init(key: Key) -> tuple[tuple[()], tuple[()]]:
         return (), ()
 
-    def quantize(params: tuple[()], state: tuple[()], x: Array) -> Quantized:
+    def quantize(params: tuple[()], state: tuple[()], x: Array, mask: Array | None = None) -> Quantized:
         check_width("x", x, len(levels), "the levels")
+        x, valid = usable(x, mask)
         bounded = jnp.tanh(x.astype(jnp.float32) + jnp.float32(shift)) * jnp.float32(half_range) - jnp.float32(offset)
         rounded = bounded + lax.stop_gradient(jnp.round(bounded) - bounded)
         indices = jnp.sum((lax.stop_gradient(jnp.round(bounded)).astype(jnp.int32) + middle) * basis, axis=-1)
         none = jnp.zeros(x.shape[:-1])
-        return Quantized((rounded / middle).astype(x.dtype), indices, none, none)
+        return where_valid(valid, Quantized((rounded / middle).astype(x.dtype), indices, none, none))
 
     def lookup(params: tuple[()], state: tuple[()], indices: Array) -> Array:
         digits = indices[..., None] // basis % counts
-        return ((digits - middle) / middle).astype(jnp.float32)
+        return jnp.where((indices >= 0)[..., None], (digits - middle) / middle, 0).astype(jnp.float32)
 
-    return Quantizer(init, quantize, lookup, no_update)
+    return Quantizer(init, quantize, lookup, no_update, no_place)
 
 
 def lfq(width: int, *, scale: float = 1.0) -> Quantizer:
@@ -74,7 +76,8 @@ def lfq(width: int, *, scale: float = 1.0) -> Quantizer:
         scale: distance of codes from zero in each entry.
 
     Raises:
-        ValueError: a width out of range or a scale that is not positive; in use, vectors whose width is not D.
+        ValueError: a width out of range or a scale that is not positive; in use, vectors whose width is not D or a mask
+            that does not fit them.
     """
     check_between("width", width, 1, 30)
     check_at_least("scale", scale, 1e-12)
@@ -82,22 +85,24 @@ def lfq(width: int, *, scale: float = 1.0) -> Quantizer:
     def init(key: Key) -> tuple[tuple[()], tuple[()]]:
         return (), ()
 
-    def quantize(params: tuple[()], state: tuple[()], x: Array) -> Quantized:
+    def quantize(params: tuple[()], state: tuple[()], x: Array, mask: Array | None = None) -> Quantized:
         check_width("x", x, width, "the quantizer")
+        x, valid = usable(x, mask)
         above = lax.stop_gradient(x) > 0
         indices = jnp.sum(above * _place_values(width), axis=-1, dtype=jnp.int32)
         codes = jnp.where(above, scale, -scale).astype(x.dtype)
         output = codes + (x - lax.stop_gradient(x))
-        return Quantized(output, indices, squared_distances(x, codes), jnp.zeros(x.shape[:-1]))
+        out = Quantized(output, indices, squared_distances(x, codes), jnp.zeros(x.shape[:-1]))
+        return where_valid(valid, out)
 
     def lookup(params: tuple[()], state: tuple[()], indices: Array) -> Array:
-        return _signs(indices, width) * jnp.float32(scale)
+        return jnp.where((indices >= 0)[..., None], _signs(indices, width) * jnp.float32(scale), 0)
 
-    return Quantizer(init, quantize, lookup, no_update)
+    return Quantizer(init, quantize, lookup, no_update, no_place)
 
 
 def lfq_entropies(
-    x: Array, *, scale: float = 1.0, inverse_temperature: float = 100.0, floor: float = 1e-20
+    x: Array, mask: Array | None = None, *, scale: float = 1.0, inverse_temperature: float = 100.0, floor: float = 1e-20
 ) -> tuple[Array, Array]:
     """The entropies that lookup-free quantization trains by (Yu et al. 2023, section 3.2), in nats.
 
@@ -107,6 +112,7 @@ def lfq_entropies(
 
     Args:
         x: vectors before quantization, [..., D].
+        mask: as in `Quantizer.quantize`; what cannot be quantized has entropy 0 and no part in the average.
         scale: as in `lfq`.
         inverse_temperature: t.
         floor: probabilities in logarithms are no less than this; vector-quantize-pytorch has 1e-5, below which its
@@ -117,7 +123,9 @@ def lfq_entropies(
     """
     width = x.shape[-1]
     check_between("x width", width, 1, 30)
-    flat = x.reshape(-1, width).astype(jnp.float32)
+    x, valid = usable(x, mask)
+    flat, weight = x.reshape(-1, width).astype(jnp.float32), valid.reshape(-1).astype(jnp.float32)
+    weight /= jnp.maximum(weight.sum(), 1)
     # The softmax over all sign patterns is a product over entries: its normaliser needs no sum over codes.
     scores = 2 * inverse_temperature * scale * flat
     normaliser = jnp.logaddexp(scores, -scores).sum(axis=-1, keepdims=True)
@@ -131,12 +139,13 @@ def lfq_entropies(
         signs = _signs(start + jnp.arange(block), width)
         chosen = jnp.exp(jnp.matmul(scores, signs.T, precision=lax.Precision.HIGHEST) - normaliser)
         each = entropy_of(chosen).sum(axis=-1)
-        average = entropy_of(chosen.mean(axis=0)).sum()
+        average = entropy_of(jnp.matmul(weight, chosen, precision=lax.Precision.HIGHEST)).sum()
         return (total[0] + each, total[1] + average), None
 
     starts = jnp.arange(2**width // block, dtype=jnp.int32) * block
-    (each, average), _ = lax.scan(step, (jnp.zeros(len(flat)), jnp.float32(0)), starts)
-    return each.reshape(x.shape[:-1]), average
+    nothing = 0 * weight  # zeros that vary over the mapped axes that the sums vary over
+    (each, average), _ = lax.scan(step, (nothing, nothing.sum()), starts)
+    return jnp.where(valid, each.reshape(x.shape[:-1]), 0), average
 
 
 def _place_values(width: int) -> np.ndarray:

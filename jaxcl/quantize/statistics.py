@@ -8,9 +8,14 @@ from jaxcl.typing import Array, check_at_least
 
 
 def usage(indices: Array, codebook_size: int, *, axis_name: str | None = None) -> Array:
-    """How often each code was chosen: [K] int32 from `indices` of any shape, added up over `axis_name` if given."""
+    """How often each code was chosen: [K] int32 from `indices` of any shape, added up over `axis_name` if given.
+
+    Indices outside [0, K), such as `NO_CODE`, are not counted.
+    """
     check_at_least("codebook_size", codebook_size, 1)
-    counts = jnp.zeros(codebook_size, jnp.int32).at[indices.reshape(-1)].add(1)
+    flat = indices.reshape(-1).astype(jnp.int32)
+    within = jnp.where(flat >= 0, flat, codebook_size)  # a negative index would count from the end
+    counts = jnp.zeros(codebook_size, jnp.int32).at[within].add(1, mode="drop")
     return counts if axis_name is None else lax.psum(counts, axis_name)
 
 
