@@ -6,6 +6,7 @@ it gets index 0; a code with NaN or infinity in it is never chosen. Nothing here
 through looking codes up.
 """
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal
@@ -23,6 +24,8 @@ _METRICS = ("euclidean", "cosine")
 # The GPU figure is an estimate (few, large products; 16 kB of scores a vector). TPU compilers fuse the score matrix
 # away, so there the whole codebook is one block.
 _BLOCK = {"cpu": 512, "cuda": 4096, "rocm": 4096}
+_GROUP = 8  # codes among which the best is told apart only in the end
+_VECTORS = 1024  # for which that is done at a time
 
 
 def nearest_codes(
@@ -177,18 +180,29 @@ def _search(
         highest = scores.max(axis=-1)
         return jnp.where(jnp.isnan(highest), -jnp.inf, highest), jnp.argmax(scores, axis=-1).astype(jnp.int32)
 
+    group = math.gcd(_GROUP, min(block, len(codebook)))
+
     def in_block(rows: Array, eligible: Array, start: Array) -> Pair:
-        scores = _scores(x, codes_of(rows), eligible, metric)
-        # The maximum and then where it stands: two passes that vectorise, unlike argmax, which does not on CPU.
-        highest = scores.max(axis=-1)
-        position = jnp.where(scores == highest[:, None], jnp.arange(len(rows)), len(rows)).min(axis=-1)
+        # Maxima vectorise, unlike argmax, which does not on CPU. Where the highest stands is only looked for among the
+        # maxima of groups: one pass over all scores in place of two.
+        groups = _scores(x, codes_of(rows), eligible, metric).reshape(len(x), -1, group).max(axis=-1)
+        highest = groups.max(axis=-1)
+        position = jnp.where(groups == highest[:, None], jnp.arange(groups.shape[1]), groups.shape[1]).min(axis=-1)
         known = ~jnp.isnan(highest)
-        return jnp.where(known, highest, -jnp.inf), jnp.where(known, start + position, 0)
+        return jnp.where(known, highest, -jnp.inf), jnp.where(known, start + group * position, 0)
 
     def better(best: Pair, other: Pair) -> Pair:
         return lax.select(other[0] > best[0], other[0], best[0]), lax.select(other[0] > best[0], other[1], best[1])
 
-    return _fold_blocks(in_block, better, _in_blocks(codebook, eligible, block))
+    def in_group(own: Pair) -> Array:
+        vector, start = own
+        numbers = start + jnp.arange(group)
+        rows = codebook[jnp.minimum(numbers, len(codebook) - 1)]
+        among = eligible[jnp.minimum(numbers, len(codebook) - 1)] & (numbers < len(codebook))
+        return start + jnp.argmax(_scores(vector[None], codes_of(rows), among, metric)[0]).astype(jnp.int32)
+
+    best, start = _fold_blocks(in_block, better, _in_blocks(codebook, eligible, block))
+    return best, lax.map(in_group, (x, start), batch_size=_VECTORS)
 
 
 def _search_k(
