@@ -1,0 +1,113 @@
+"""Published weights: safetensors files, and their tensors put into a network's parameters by name."""
+
+import os
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxcl.typing import PyTree, bad_argument
+
+_LISTED = 10  # names of a kind that an error shows
+
+
+class Source(NamedTuple):
+    """Where a parameter comes from."""
+
+    names: tuple[str, ...]  # tensors in the file
+    transform: Callable[..., np.ndarray]  # of those tensors, in that order, to the parameter
+
+
+def data_file(name: str) -> Path:
+    """Path of the file `name` in the folder that the environment variable JAXCL_DATA names.
+
+    Raises:
+        ValueError: the variable is unset, or its folder has no such file.
+    """
+    folder = os.environ.get("JAXCL_DATA")
+    if not folder:
+        raise bad_argument("JAXCL_DATA", "no such environment variable", f"set it to the folder that holds {name}")
+    if not (path := Path(folder) / name).is_file():
+        raise bad_argument("JAXCL_DATA", folder, f"set it to a folder that holds {name}")
+    return path
+
+
+def read_safetensors(path: str | Path) -> dict[str, np.ndarray]:
+    """The tensors of a safetensors file by name, each of any shape; bfloat16 ones have the dtype that JAX gives it.
+
+    Raises:
+        ImportError: the safetensors package is missing.
+        ValueError: the file is damaged, or holds a dtype that NumPy does not have.
+        OSError: it cannot be read, or is not there.
+    """
+    try:
+        from safetensors import SafetensorError  # noqa: PLC0415
+        from safetensors.numpy import load_file  # noqa: PLC0415
+    except ImportError as error:
+        raise ImportError('safetensors files need safetensors: pip install "jaxcl[text]"') from error
+    try:
+        return load_file(path)
+    except (SafetensorError, AttributeError) as error:  # the latter names a dtype that NumPy lacks
+        raise bad_argument(
+            "path", f"{path}: {error}", "the file is damaged or no safetensors file of plain floats: copy it again"
+        ) from error
+
+
+def load_by_name(
+    tensors: Mapping[str, np.ndarray],
+    wanted: Mapping[str, Source],
+    template: PyTree,
+    *,
+    ignored: Callable[[str], bool] = lambda name: False,
+) -> PyTree:
+    """Parameters with the structure, shapes and dtypes of `template`, made of `tensors` of any shape.
+
+    Args:
+        tensors: {name: tensor}, as `read_safetensors` gives.
+        wanted: {path of a parameter: its source}, where a path is the keys joined by "/", as in
+            "params/Dense_0/kernel". Two parameters may come from one tensor, as tied ones do.
+        template: parameters, or their shapes as `jax.eval_shape` gives them.
+        ignored: whether the tensor of a name may be left over.
+
+    Raises:
+        ValueError: tensors are missing, unexpected or of a wrong shape, or `wanted` and `template` have different
+            paths; one error lists them all.
+    """
+    leaves, structure = jax.tree_util.tree_flatten_with_path(template)
+    shapes = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+    used = {name for source in wanted.values() for name in source.names}
+    faults = {
+        "missing": [*(used - tensors.keys())],
+        "unexpected": [name for name in tensors.keys() - used if not ignored(name)],
+        "parameters without a source": [*(shapes.keys() - wanted.keys())],
+        "sources without a parameter": [*(wanted.keys() - shapes.keys())],
+        "mis-shaped": [],
+    }
+    params = {}
+    for path in shapes.keys() & wanted.keys():
+        names, transform = wanted[path]
+        if any(name not in tensors for name in names):
+            continue
+        given = " and ".join(f"{name} {tensors[name].shape}" for name in names)
+        try:
+            value = transform(*(tensors[name] for name in names))
+        except ValueError as error:  # such as a transposition of too many axes
+            faults["mis-shaped"].append(f"{given} for {path} ({error})")
+            continue
+        if value.shape == shapes[path].shape:
+            params[path] = jnp.asarray(value, shapes[path].dtype)
+        else:
+            faults["mis-shaped"].append(f"{given} for {path} {shapes[path].shape}")
+    if any(faults.values()):
+        said = "; ".join(f"{kind}: {_listed(names)}" for kind, names in faults.items() if names)
+        raise bad_argument("tensors", said, "pass the file and the sizes that belong to each other")
+    return jax.tree.unflatten(structure, [params[path] for path in shapes])
+
+
+def _listed(names: Collection[str]) -> str:
+    """The first names, and how many more there are."""
+    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+    return ", ".join(sorted(names)[:_LISTED]) + more
