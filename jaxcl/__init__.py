@@ -1,5 +1,6 @@
 """jaxcl: models that keep learning and stay small, as pure JAX functions.
 
 Import the module you need: ``from jaxcl import bottleneck``. From the ground up they are ``typing``, ``trees``,
-``nearest``, ``quantize``, ``bottleneck``, ``continual``, ``nets``, ``data`` and ``report``.
+``nearest``, ``reconstruction``, ``quantize``, ``tokenizer``, ``masked_prior``, ``bottleneck``, ``continual``, ``nets``,
+``data`` and ``report``.
 """

@@ -52,6 +52,18 @@ def commit(banked: PyTree, task: Array | int, tree: PyTree) -> PyTree:
     return jax.tree.map(lambda leaf, new: jnp.asarray(leaf).at[task].set(new), banked, tree)
 
 
+def first_not_finite(counts: PyTree) -> str | None:
+    """The path of the first leaf, in the order of the tree, with a count above zero, and how many; None if all are 0.
+
+    Args:
+        counts: concrete integers [], such as the numbers of values that are NaN or infinite at each stage of a step.
+    """
+    for path, count in jax.tree_util.tree_leaves_with_path(jax.device_get(counts)):
+        if count:
+            return f"{jax.tree_util.keystr(path, simple=True, separator='/')} ({int(count)} values)"
+    return None
+
+
 def parameter_count(tree: PyTree) -> int:
     """Number of scalars in all leaves of `tree`."""
     return sum(leaf.size for leaf in jax.tree.leaves(tree))

@@ -6,9 +6,10 @@ import re
 import subprocess
 from pathlib import Path
 
+import optax
 import pytest
 
-from jaxcl import bottleneck, quantize
+from jaxcl import bottleneck, quantize, tokenizer
 from jaxcl.continual import (
     a_gem,
     der_plus_plus,
@@ -25,8 +26,8 @@ from jaxcl.continual import (
 ROOT = Path(__file__).parent.parent
 # From the ground to the roof: a floor imports only from those before it.
 FLOORS = (
-    "typing", "trees", "nearest", "quantize", "bottleneck", "masks", "gaussian", "coding", "adapters", "continual",
-    "nets", "data", "report",
+    "typing", "trees", "nearest", "reconstruction", "quantize", "tokenizer", "masked_prior", "bottleneck", "masks",
+    "gaussian", "coding", "adapters", "continual", "nets", "data", "report",
 )  # fmt: skip
 LONGEST = 400
 
@@ -426,10 +427,18 @@ def test_a_path_below_something_else_is_not(rest):
 
 QUANTIZER = {
     "init": "key",
-    "quantize": "params, state, x",
+    "quantize": "params, state, x, mask=None",
     "lookup": "params, state, indices",
     "update": "key, params, state, x, indices, *, axis_name=None",
+    "place": "key, params, state, x, *, iterations=0, axis_name=None",
 }
+TOKENIZER = {
+    "init": "key, inputs",
+    "reconstruct": "params, state, inputs, mask=None",
+    "encode": "params, state, inputs, mask=None",
+    "decode": "params, state, indices",
+}
+TRAINER = {"init": "key, inputs", "step": "key, before, inputs, mask=None"}
 BOTTLENECK = {
     "init": "key",
     "fit_keys": "key, params, state, features, *, axis_name=None",
@@ -469,6 +478,10 @@ def network(params, inputs):
     return inputs
 
 
+def small_tokenizer():
+    return tokenizer.tokenizer(network, network, quantize.vq(5, 3))
+
+
 MEMORY = {"memory_size": 5, "memory_batch_size": 2}
 FACTORIES = {
     "vq": (lambda: quantize.vq(5, 3), QUANTIZER),
@@ -479,6 +492,9 @@ FACTORIES = {
     "lfq": (lambda: quantize.lfq(4), QUANTIZER),
     "residual": (lambda: quantize.residual(quantize.vq(5, 3), 2), QUANTIZER),
     "grouped": (lambda: quantize.grouped(quantize.vq(5, 3), 2), QUANTIZER),
+    "projected": (lambda: quantize.projected(quantize.vq(5, 3), 6, 3), QUANTIZER),
+    "tokenizer": (small_tokenizer, TOKENIZER),
+    "trainer": (lambda: tokenizer.trainer(small_tokenizer(), optax.sgd(1.0), network), TRAINER),
     "bottleneck, random projection": (small_bottleneck, BOTTLENECK),
     "bottleneck, chunks": (lambda: small_bottleneck(projection="chunk", top_k=2), BOTTLENECK),
     "naive": (lambda: naive(network), STRATEGY),
