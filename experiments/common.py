@@ -23,24 +23,30 @@ from tqdm import tqdm
 
 from jaxcl import continual, data, report
 from jaxcl.continual import Checkpoint, Progress, Result, Strategy, Stream, metrics, sharding
-from jaxcl.typing import Key, PyTree, bad_argument, check_at_least
+from jaxcl.typing import Key, PyTree, bad_argument, check_at_least, check_choice
 
-Config = TypeVar("Config", bound="RunConfig")
+Config = TypeVar("Config", bound="BaseConfig")
 
 
 @dataclasses.dataclass(frozen=True)
-class RunConfig:
+class BaseConfig:
     """Settings that every experiment has; the defaults shown are those of the preset."""
 
     preset: Literal["smoke", "cpu", "paper"] = "cpu"
     """Starting point of all other settings: smoke takes seconds, cpu minutes on two cores, paper is as published."""
     out: Path = Path("runs")
-    """Folder for metrics.json, config.json, accuracy.csv, history.csv, report.html and the checkpoints. If it holds an
-    unfinished run of the same settings, the run goes on from there."""
+    """Folder for metrics.json, config.json, report.html, tables as CSV and the checkpoints. If it holds an unfinished
+    run of the same settings, the run goes on from there."""
     seeds: int = 5
     """How many seeds, from 0 on; each has its own class order, initial parameters and data order."""
     checkpoint_seconds: float = 60.0
     """How often to save the state: so much is lost at most if the run is killed."""
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig(BaseConfig):
+    """Settings of every continual-learning experiment; the defaults shown are those of the preset."""
+
     tensorboard: bool = False
     """Write event files to the folder tensorboard in --out."""
     mesh: str | None = None
@@ -61,17 +67,71 @@ def parse_command(
 
     Args:
         presets: (preset, data) -> configuration, a dataclass with fields `preset` and `data` among others.
-        data: names of data sets, the default first.
+        data: names of data sets, the default first; "folder:PATH" and the like go by what stands before the colon.
         argv: arguments; those of the process if None.
         description: what ``--help`` begins with.
     """
     first = argparse.ArgumentParser(add_help=False)
     first.add_argument("--preset", choices=("smoke", "cpu", "paper"), default="cpu")
-    first.add_argument("--data", choices=data, default=data[0])
+    first.add_argument("--data", default=data[0])
     chosen, _ = first.parse_known_args(argv)
+    check_choice("data", chosen.data.partition(":")[0], data)
     return tyro.cli(
         type(default := presets(chosen.preset, chosen.data)), default=default, args=argv, description=description
     )
+
+
+def claim_folder(config: BaseConfig, *, writes: bool = True) -> dict[str, Any]:
+    """The settings as plain data, kept as config.json in the folder of the run.
+
+    Args:
+        config: with the folder, `out`.
+        writes: whether this process is the one that writes.
+
+    Raises:
+        ValueError: the folder holds a run of another configuration.
+    """
+    settings = _plain(dataclasses.asdict(config))
+    path = config.out / "config.json"
+    if not path.exists():
+        if writes:
+            report.write_json(path, settings)
+        return settings
+    before = report.read_json(path)
+    names = sorted((set(before) | set(settings)) - _ELSEWHERE)
+    other = [name for name in names if before.get(name) != settings.get(name)]
+    if other:
+        differences = ", ".join(f"{name} {before.get(name)} (now {settings.get(name)})" for name in other)
+        raise bad_argument(
+            "out", f"{config.out}, which holds a run with {differences}",
+            "choose another folder, or give that run's settings to go on with it",
+        )  # fmt: skip
+    return settings
+
+
+def finished_before(out: Path, *, tell: Callable[[str], None] = print) -> dict[str, Any] | None:
+    """What metrics.json in `out` holds if the run there was finished before, which is then told."""
+    path = out / "metrics.json"
+    if not path.exists():
+        return None
+    document: dict[str, Any] = report.read_json(path)
+    tell(f"{out} holds this run, finished; remove it, or choose another --out, to run again.\n")
+    tell(report.results_table(document["results"], document["costs"]))
+    return document
+
+
+def environment() -> dict[str, Any]:
+    """On what a run was made, for metrics.json."""
+    return {
+        "jax": jax.__version__,
+        "python": platform.python_version(),
+        "devices": [device.device_kind for device in jax.devices()],
+    }
+
+
+def over_seeds(**values: Sequence[float]) -> dict[str, Any]:
+    """Each metric as {"mean", "std", "ci95", "values"}."""
+    return {name: metrics.summarise(of_seeds) for name, of_seeds in values.items()}
 
 
 class FeatureStage(NamedTuple):
@@ -101,26 +161,15 @@ class Run:
                 raise bad_argument("distributed", True, "say with --mesh, as data=8, what each of all devices is for")
             _join_processes()
         self._config, self._experiment, self._began = config, experiment, time.perf_counter()
-        self._settings = _plain(dataclasses.asdict(config))
         self._writes = jax.process_index() == 0
         self._mesh = sharding.make_mesh(_axes(config.mesh)) if config.mesh else None
         self._results: dict[str, list[Result]] = {}
         self._costs: dict[str, dict[str, Any]] = {}
-        path = config.out / "config.json"
-        if path.exists():
-            self._check_same(report.read_json(path))
-        elif self._writes:
-            report.write_json(path, self._settings)
+        self._settings = claim_folder(config, writes=self._writes)
 
     def finished(self) -> dict[str, Any] | None:
         """What metrics.json holds if the run was finished before; it is told, and not done again."""
-        path = self._config.out / "metrics.json"
-        if not path.exists():
-            return None
-        document = report.read_json(path)
-        self._tell(f"{self._config.out} holds this run, finished; remove it, or choose another --out, to run again.\n")
-        self._tell(report.results_table(document["results"], document["costs"]))
-        return document
+        return finished_before(self._config.out, tell=self._tell)
 
     def train(
         self,
@@ -163,7 +212,7 @@ class Run:
             results[seed] = result._replace(bytes=result.bytes + stage.bytes, seconds=result.seconds + stage.seconds)
         self._results[name] = results
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        self._costs[name] = _over_seeds(
+        self._costs[name] = over_seeds(
             seconds=[r.seconds for r in results],
             examples_per_second=[r.examples / r.seconds for r in results],
             peak_memory=[peak for _ in results],
@@ -179,11 +228,7 @@ class Run:
             "config": self._settings,
             "results": {method: _results(of_seeds) for method, of_seeds in self._results.items()},
             "costs": self._costs,
-            "environment": {
-                "jax": jax.__version__,
-                "python": platform.python_version(),
-                "devices": [device.device_kind for device in jax.devices()],
-            },
+            "environment": environment(),
             "seconds": time.perf_counter() - self._began,
         }
         if self._writes:
@@ -205,16 +250,6 @@ class Run:
     def bar(self, name: str, total: int, unit: str) -> "tqdm[Any]":
         """A progress bar for what is not training; shown by the first process only."""
         return tqdm(total=total, desc=name, unit=unit, dynamic_ncols=True, disable=not self._writes)
-
-    def _check_same(self, before: Mapping[str, Any]) -> None:
-        names = sorted((set(before) | set(self._settings)) - _ELSEWHERE)
-        other = [name for name in names if before.get(name) != self._settings.get(name)]
-        if other:
-            differences = ", ".join(f"{name} {before.get(name)} (now {self._settings.get(name)})" for name in other)
-            raise bad_argument(
-                "out", f"{self._config.out}, which holds a run with {differences}",
-                "choose another folder, or give that run's settings to go on with it",
-            )  # fmt: skip
 
     def _history(self) -> str:
         """What each epoch came to, as CSV: method, seed, stage, epoch, metric, value."""
@@ -277,7 +312,7 @@ def load_features(name: Literal["digits", "mnist"], *, validation: bool, limit: 
 
 def _results(results: Sequence[Result]) -> dict[str, Any]:
     """The entry of one method in metrics.json: what a repeated run gives again, bit for bit."""
-    return _over_seeds(
+    return over_seeds(
         acc=[metrics.average_accuracy(r.accuracy) for r in results],
         bwt=[metrics.backward_transfer(r.accuracy) for r in results],
         fwt=[metrics.forward_transfer(r.accuracy, r.untrained) for r in results],
@@ -287,11 +322,6 @@ def _results(results: Sequence[Result]) -> dict[str, Any]:
         parameters=[r.parameters for r in results],
         bytes=[r.bytes for r in results],
     )
-
-
-def _over_seeds(**values: Sequence[float]) -> dict[str, Any]:
-    """Each metric as {"mean", "std", "ci95", "values"}."""
-    return {name: metrics.summarise(of_seeds) for name, of_seeds in values.items()}
 
 
 def _join_processes() -> None:

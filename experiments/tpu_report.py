@@ -39,10 +39,11 @@ import optax
 import tyro
 from jax.experimental import topologies
 from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 from tqdm import tqdm
 
 from experiments.card import Card
-from jaxcl import bottleneck, continual, nearest, nets, report
+from jaxcl import bottleneck, continual, nearest, nets, quantize, report, tokenizer
 from jaxcl.continual import Strategy, streams
 from jaxcl.continual.programs import Resident, Tables, compile_programs
 from jaxcl.continual.sharding import DATA, MODEL, Layout
@@ -159,10 +160,31 @@ def of_bottleneck(layout: Layout, member: str) -> Program:
     return Program(jax.jit(layer.fit_keys), (placed(layout, key), *stored))
 
 
-def of_search(layout: Layout) -> Program:
-    """The nearest of 65,536 codes to each of 65,536 vectors, 128 wide, which are split over devices."""
-    vectors = jax.ShapeDtypeStruct((65_536, 128), jnp.float32)
-    return Program(jax.jit(nearest.nearest_codes), (placed(layout, vectors, DATA), placed(layout, vectors)))
+def of_search(layout: Layout, vectors: int, codes: int, *, split_codes: bool = False) -> Program:
+    """The nearest of `codes` to each of `vectors`, 128 wide; vectors are split over devices, or codes."""
+    x, codebook = (jax.ShapeDtypeStruct((count, 128), jnp.float32) for count in (vectors, codes))
+    if not split_codes:
+        return Program(jax.jit(nearest.nearest_codes), (placed(layout, x, DATA), placed(layout, codebook)))
+    search = jax.shard_map(
+        partial(nearest.nearest_codes, axis_name=DATA), mesh=layout.mesh, in_specs=(P(), P(DATA)), out_specs=P()
+    )
+    return Program(jax.jit(search), (placed(layout, x), placed(layout, codebook, DATA)))
+
+
+def of_tokenizer(layout: Layout) -> Program:
+    """A step of SimVQ with 262,144 codes in VQGAN's networks, on 256 images of 128 x 128, split over devices."""
+    multipliers = (1, 1, 2, 4)
+    made = tokenizer.tokenizer(
+        nets.ConvEncoder(128, 64, multipliers), nets.ConvDecoder(3, 64, multipliers), quantize.simvq(262_144, 128)
+    )
+    trainer = tokenizer.trainer(
+        made, optax.adam(1e-4), lambda outputs, inputs, _: jnp.abs(outputs - inputs).mean((1, 2, 3))
+    )
+    images = jax.ShapeDtypeStruct((256, 128, 128, 3), jnp.float32)
+    key = jax.eval_shape(jax.random.key, 0)
+    state = jax.eval_shape(trainer.init, key, images)
+    arguments = placed(layout, key), placed(layout, state), placed(layout, images, DATA)
+    return Program(jax.jit(trainer.step, donate_argnums=1), arguments)
 
 
 # A new method's steps go here: {name: function from a layout of all devices to what is to be compiled}.
@@ -176,7 +198,11 @@ STEPS: dict[str, Callable[[Layout], Program]] = {
     "dkvb_train": partial(of_bottleneck, member="train"),
     "dkvb_lookup": partial(of_bottleneck, member="lookup"),
     "dkvb_fit_keys": partial(of_bottleneck, member="fit_keys"),
-    "nearest": of_search,
+    "nearest": partial(of_search, vectors=65_536, codes=65_536),
+    "nearest_262144": partial(of_search, vectors=65_536, codes=262_144),
+    "nearest_262144_codes_split": partial(of_search, vectors=65_536, codes=262_144, split_codes=True),
+    "nearest_16777216_codes_split": partial(of_search, vectors=65_536, codes=16_777_216, split_codes=True),
+    "simvq_tokenizer_train": of_tokenizer,
 }
 
 

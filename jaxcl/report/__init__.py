@@ -22,6 +22,7 @@ from jaxcl.report.plots import (
 )
 from jaxcl.report.tables import check_accuracy, check_metrics, legend, results_rows, results_table, text_table
 from jaxcl.report.tensorboard import TensorBoard
+from jaxcl.report.tokens import curves_over_steps, image_rows
 
 __all__ = [
     "TensorBoard",
@@ -31,12 +32,14 @@ __all__ = [
     "accuracy_over_tasks",
     "check_accuracy",
     "check_metrics",
+    "curves_over_steps",
     "figures_section",
     "flat_settings",
     "html_note",
     "html_page",
     "html_report",
     "html_table",
+    "image_rows",
     "legend",
     "read_accuracy_csv",
     "read_json",

@@ -17,6 +17,9 @@ MEANINGS = {
     "bwt": "final accuracy on a task less that right after learning it",
     "fwt": "accuracy on a task right before learning it less that of the untrained model",
     "learning accuracy": "accuracy on a task right after learning it",
+    "utilisation": "codes chosen at least once over one pass of the training set",
+    "perplexity": "exp of the entropy of how often each code is chosen there",
+    "kept accuracy": "accuracy on reconstructions of a classifier trained on originals, over that on originals",
     "examples/s": "examples trained on in a second",
     "peak memory": "the most memory that the process had held by then",
 }

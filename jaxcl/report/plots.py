@@ -47,7 +47,7 @@ def accuracy_matrices(accuracy: Mapping[str, np.ndarray]) -> "Figure":
     def box(left: float, top: float, wide: float, high: float) -> tuple[float, float, float, float]:
         return left / width, 1 - (top + high) / height, wide / width, high / height
 
-    figure = _figure(width, height)
+    figure = new_figure(width, height)
     for number, (method, matrix) in enumerate(means.items()):
         stages, (row, column) = len(matrix), divmod(number, columns)
         axes = figure.add_axes(box(column * (side + 0.75) + 0.6, sum(rows[:row]) + 0.3, side, sides[number]))
@@ -138,7 +138,7 @@ def accuracy_bars(results: Results) -> "Figure":
     """
     means, reach = _accuracies(results)
     height = 0.3 * len(results) + 0.8
-    figure = _figure(9.0, height)
+    figure = new_figure(9.0, height)
     axes = figure.add_axes((0.1, 0.1, 0.8, 0.8))
     axes.barh(
         range(len(results)), means, xerr=reach, height=0.7, alpha=0.6, ecolor=INK, capsize=3,
@@ -226,7 +226,7 @@ def to_svg(figure: "Figure", title: str) -> str:
     return f'<svg role="img" aria-label="{name}"{opening}>\n<title>{name}</title>{rest}'
 
 
-def _figure(width: float, height: float) -> "Figure":
+def new_figure(width: float, height: float) -> "Figure":
     """An empty figure, sizes in inches."""
     try:
         from matplotlib.figure import Figure  # noqa: PLC0415
@@ -238,7 +238,7 @@ def _figure(width: float, height: float) -> "Figure":
 def _with_names_on_the_right(methods: int) -> "tuple[Figure, Axes, float]":
     """A figure, its axes for accuracies, and how far apart, in heights of the axes, names beside them must be."""
     height = max(4.2, 0.3 * methods)
-    figure = _figure(9.0, height)
+    figure = new_figure(9.0, height)
     axes = figure.add_axes((0.75 / 9.0, 0.55 / height, 7.2 / 9.0, 1 - 0.7 / height))
     axes.set_ylim(0, 1.02)
     axes.yaxis.set_major_formatter(_percent)

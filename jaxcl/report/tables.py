@@ -10,9 +10,16 @@ from jaxcl.typing import bad_argument
 
 Results = Mapping[str, Mapping[str, Mapping[str, Any]]]  # method -> metric -> {"mean", "std", "ci95", "values"}
 
-SHARES = ("acc", "forgetting", "bwt", "fwt", "learning_accuracy")  # fractions, shown in percent
-METRICS = (*SHARES, "parameters", "bytes", "seconds", "examples_per_second", "peak_memory")
-HEADINGS = {"examples_per_second": "examples/s"}  # where it is not the metric's name with spaces
+# Fractions, shown in percent.
+SHARES = ("acc", "forgetting", "bwt", "fwt", "learning_accuracy", "utilisation", "kept_accuracy")
+# Of a tokenizer; each in its own unit, to so many decimals.
+DECIMALS = {"perplexity": 0, "psnr": 2, "ssim": 3, "frechet": 2, "mel_distance": 3, "si_sdr": 2, "stoi": 3, "pesq": 2}
+METRICS = (*SHARES, *DECIMALS, "parameters", "bytes", "seconds", "examples_per_second", "peak_memory")
+# Where it is not the metric's name with spaces.
+HEADINGS = {
+    "examples_per_second": "examples/s", "psnr": "PSNR dB", "ssim": "SSIM", "frechet": "Frechet distance",
+    "si_sdr": "SI-SDR dB", "stoi": "STOI", "pesq": "PESQ",
+}  # fmt: skip
 KEYS = ("experiment", "preset", "config", "results", "costs", "environment", "seconds")  # of metrics.json
 UNDEFINED = "-"
 PLUS_MINUS = " ± "
@@ -54,8 +61,9 @@ def check_metrics(metrics: Mapping[str, Any]) -> None:
 def results_rows(results: Results, costs: Results, metrics: Sequence[str] = METRICS) -> list[list[str]]:
     """The table of results and costs as cells of text: the headings, then a row a method in the order of `results`.
 
-    Fractions are in percent as "mean ± half-width of the 95 % interval" (the mean alone where the interval is
-    undefined), all else (seconds, bytes, ...) are means over seeds, and "-" stands for what is undefined.
+    Fractions, in percent, and what a tokenizer is judged by are "mean ± half-width of the 95 % interval" (the mean
+    alone where the interval is undefined), all else (seconds, bytes, ...) are means over seeds, and "-" stands for what
+    is undefined.
 
     Args:
         results: {method: {metric: {"mean", "std", "ci95", "values"}}}; None or NaN where undefined.
@@ -123,8 +131,10 @@ def _cell(metric: str, of_method: Mapping[str, Mapping[str, Any]]) -> str:
     mean, half_width = statistics.get("mean"), statistics.get("ci95")
     if not _defined(mean):
         return UNDEFINED
-    if metric in SHARES:
-        return f"{100 * mean:z.1f}" + (f"{PLUS_MINUS}{100 * half_width:.1f}" if _defined(half_width) else "")
+    if metric in SHARES or metric in DECIMALS:
+        factor, digits = (100, 1) if metric in SHARES else (1, DECIMALS[metric])
+        spread = f"{PLUS_MINUS}{factor * half_width:,.{digits}f}" if _defined(half_width) else ""
+        return f"{factor * mean:z,.{digits}f}{spread}"
     if metric == "seconds":
         return f"{mean:,.1f}"
     return _humanised(mean, "B" if metric in ("bytes", "peak_memory") else "")
