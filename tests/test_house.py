@@ -9,7 +9,7 @@ from pathlib import Path
 import optax
 import pytest
 
-from jaxcl import bottleneck, quantize, tokenizer
+from jaxcl import bottleneck, masked_prior, quantize, tokenizer
 from jaxcl.continual import (
     a_gem,
     der_plus_plus,
@@ -439,6 +439,11 @@ TOKENIZER = {
     "decode": "params, state, indices",
 }
 TRAINER = {"init": "key, inputs", "step": "key, before, inputs, mask=None"}
+MASKED_PRIOR = {
+    "init": "key",
+    "loss": "key, params, tokens, labels=None",
+    "sample": "key, params, labels, *, steps=8, temperature=1.0, choice_temperature=4.5, guidance=0.0",
+}
 BOTTLENECK = {
     "init": "key",
     "fit_keys": "key, params, state, features, *, axis_name=None",
@@ -495,6 +500,7 @@ FACTORIES = {
     "projected": (lambda: quantize.projected(quantize.vq(5, 3), 6, 3), QUANTIZER),
     "tokenizer": (small_tokenizer, TOKENIZER),
     "trainer": (lambda: tokenizer.trainer(small_tokenizer(), optax.sgd(1.0), network), TRAINER),
+    "masked_prior": (lambda: masked_prior.masked_prior(network, 5, 9), MASKED_PRIOR),
     "bottleneck, random projection": (small_bottleneck, BOTTLENECK),
     "bottleneck, chunks": (lambda: small_bottleneck(projection="chunk", top_k=2), BOTTLENECK),
     "naive": (lambda: naive(network), STRATEGY),
