@@ -4,6 +4,7 @@ JAXCL_KILLS is how often it is killed: 3 times over some strategies if not set; 
 every stream.
 """
 
+import itertools
 import json
 import os
 import random
@@ -67,10 +68,11 @@ def test_killed_and_started_again_an_experiment_leaves_the_same(tmp_path):
     moments = random.Random(0)
     for stream in STREAMS:
         undisturbed, kills, wanted = tmp_path / stream / "undisturbed", 0, -(-KILLS // len(STREAMS))
+        runs = itertools.count()
         undisturbed.mkdir(parents=True)
         assert start(undisturbed, stream).wait() == 0, Path(f"{undisturbed}.log").read_text()[-3000:]
         while kills < wanted:
-            out = tmp_path / stream / f"killed_{kills}"
+            out = tmp_path / stream / f"killed_{next(runs)}"
             kills += run_with_kills(out, stream, moments, wanted - kills)
             for found, expected in zip(left_by(out / stream), left_by(undisturbed / stream), strict=True):
                 assert jax.tree.all(jax.tree.map(lambda ours, theirs: ours == theirs, found, expected))
