@@ -25,7 +25,6 @@ _METRICS = ("euclidean", "cosine")
 # away, so there the whole codebook is one block.
 _BLOCK = {"cpu": 512, "cuda": 4096, "rocm": 4096}
 _GROUP = 8  # codes among which the best is told apart only in the end
-_VECTORS = 1024  # for which that is done at a time
 
 
 def nearest_codes(
@@ -158,12 +157,17 @@ def _scores(x: Array, codes: Array, eligible: Array, metric: Metric) -> Array:
 
     For the cosine of vectors already normalised it is `x . c` alone.
     """
+    codes, offset = _offset(codes, eligible, metric)
+    product = jnp.matmul(x, codes.T, precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
+    return product - offset
+
+
+def _offset(codes: Array, eligible: Array, metric: Metric) -> tuple[Array, Array]:
+    """Codes [..., D], zero where they may not be chosen, and what is taken off their products, [...] float32."""
     half_norm = 0.5 * squared_distances(codes, jnp.zeros_like(codes))
     eligible &= jnp.isfinite(half_norm)
-    codes = jnp.where(eligible[:, None], codes, 0)
-    product = jnp.matmul(x, codes.T, precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
     offset = half_norm if metric == "euclidean" else 0.0
-    return product - jnp.where(eligible, offset, jnp.finfo(jnp.float32).max)
+    return jnp.where(eligible[..., None], codes, 0), jnp.where(eligible, offset, jnp.finfo(jnp.float32).max)
 
 
 def _search(
@@ -185,7 +189,7 @@ def _search(
     def in_block(rows: Array, eligible: Array, start: Array) -> Pair:
         # Maxima vectorise, unlike argmax, which does not on CPU. Where the highest stands is only looked for among the
         # maxima of groups: one pass over all scores in place of two.
-        groups = _scores(x, codes_of(rows), eligible, metric).reshape(len(x), -1, group).max(axis=-1)
+        groups = _scores(x, codes_of(rows), eligible, metric).reshape(len(x), len(rows) // group, group).max(axis=-1)
         highest = groups.max(axis=-1)
         position = jnp.where(groups == highest[:, None], jnp.arange(groups.shape[1]), groups.shape[1]).min(axis=-1)
         known = ~jnp.isnan(highest)
@@ -194,15 +198,16 @@ def _search(
     def better(best: Pair, other: Pair) -> Pair:
         return lax.select(other[0] > best[0], other[0], best[0]), lax.select(other[0] > best[0], other[1], best[1])
 
-    def in_group(own: Pair) -> Array:
-        vector, start = own
-        numbers = start + jnp.arange(group)
-        rows = codebook[jnp.minimum(numbers, len(codebook) - 1)]
-        among = eligible[jnp.minimum(numbers, len(codebook) - 1)] & (numbers < len(codebook))
-        return start + jnp.argmax(_scores(vector[None], codes_of(rows), among, metric)[0]).astype(jnp.int32)
-
     best, start = _fold_blocks(in_block, better, _in_blocks(codebook, eligible, block))
-    return best, lax.map(in_group, (x, start), batch_size=_VECTORS)
+
+    def in_group(number: Array | int) -> Pair:
+        """Score [N] and index [N] of the code that comes so many after the first of each vector's group."""
+        index = start + number
+        row = jnp.minimum(index, len(codebook) - 1)
+        codes, offset = _offset(codes_of(codebook[row]), eligible[row] & (index < len(codebook)), metric)
+        return jnp.sum(x.astype(jnp.float32) * codes.astype(jnp.float32), axis=-1) - offset, index
+
+    return best, lax.fori_loop(1, group, lambda number, pair: better(pair, in_group(number)), in_group(0))[1]
 
 
 def _search_k(

@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxcl import nearest
 from jaxcl.nearest import nearest_codes, nearest_k_codes, normalise, squared_distances
+from jaxcl.quantize import usage
 
 pytestmark = pytest.mark.core
 
@@ -482,3 +483,51 @@ def test_bad_arguments(search, x, codebook, options, message):
 def test_bad_k(k):
     with pytest.raises(ValueError, match=rf"k: got {k}; .*1 to 5"):
         nearest_k_codes(np.zeros((3, 4), np.float32), np.ones((5, 4), np.float32), k)
+
+
+# A thousand cases
+
+
+def whole_numbers(generator, cases, rows, width):
+    """[cases, rows, width]: from -2 to 2, so that ties, duplicates and zeros abound and float32 makes no error."""
+    return generator.integers(-2, 3, size=(cases, rows, width))
+
+
+def whole_directions(generator, cases, rows, width):
+    """[cases, rows, 4]: as many -1 and 1 as make lengths 0, 1 and 2, so that normalising makes no error either."""
+    signs = generator.choice([-1, 1], size=(cases, rows, width))
+    single = np.eye(4, dtype=int)[generator.integers(0, 4, size=(cases, rows))]
+    kind = generator.choice([0, 1, 2], size=(cases, rows, 1), p=[0.1, 0.4, 0.5])
+    return np.select([kind == 1, kind == 2], [signs * single, signs], 0)
+
+
+@pytest.mark.parametrize(
+    ("cases", "codes", "block_size", "metric", "dtype"),
+    [
+        (100, 1, None, "euclidean", "float32"),
+        (250, 7, 3, "euclidean", "float32"),
+        (150, 16, None, "euclidean", "bfloat16"),
+        (150, 17, 5, "euclidean", "bfloat16"),
+        (200, 13, 4, "cosine", "float32"),
+        (150, 9, 9, "cosine", "bfloat16"),
+    ],
+)
+def test_search_is_exact(cases, codes, block_size, metric, dtype):
+    """By brute force in float64, where, as in the search, every number is exact: ties are ties. Counts by bincount."""
+    generator, width = np.random.default_rng(codes), 4 if metric == "cosine" else 3
+    draw = whole_numbers if metric == "euclidean" else whole_directions
+    x, codebooks = (draw(generator, cases, rows, width).astype(np.float32) for rows in (6, codes))
+
+    def search(x, codebook):
+        index = nearest_codes(x, codebook, metric=metric, block_size=block_size)
+        return index, usage(index, codes)
+
+    found, counts = jit_vmap(search)(jnp.asarray(x, dtype), jnp.asarray(codebooks, dtype))
+    every = [distances(*case, metric) for case in zip(x, codebooks, strict=True)]
+    expected = [each.argmin(axis=-1) for each in every]
+    np.testing.assert_array_equal(found, expected)
+    np.testing.assert_array_equal(counts, [np.bincount(index, minlength=codes) for index in expected])
+    if codes > 1:
+        least = np.sort(every, axis=-1)
+        assert (least[..., 0] == least[..., 1]).mean() > 0.1  # ties
+        assert (x == 0).all(axis=-1).any() and (codebooks == 0).all(axis=-1).any()

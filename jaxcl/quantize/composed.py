@@ -117,7 +117,8 @@ def grouped(quantizer: Quantizer, groups: int) -> Quantizer:
         def one(own: tuple[Key, PyTree, PyTree, Array]) -> tuple[PyTree, PyTree]:
             return quantizer.place(*own, iterations=iterations, axis_name=axis_name)
 
-        return lax.map(one, (jax.random.split(key, groups), params, state, cut(x)))
+        whole = jnp.where(usable(x, None)[1][..., None], x, jnp.nan)  # or left out, as in `quantize`
+        return lax.map(one, (jax.random.split(key, groups), params, state, cut(whole)))
 
     return Quantizer(
         lambda key: jax.vmap(quantizer.init)(jax.random.split(key, groups)), quantize, lookup, update, place
