@@ -46,17 +46,17 @@ class TokenizerConfig(BaseConfig):
     """The table: quantizer:codes, quantizers being vq, ema_vq, factorised_vq, fsq, lfq and simvq."""
     width: int = 64
     """Of the vectors that are quantized (D)."""
-    steps: int = 1500
+    steps: int = 2000
     """Training steps of each row."""
-    batch_size: int = 32
+    batch_size: int = 16
     """Examples in a step."""
-    learning_rate: float = 1e-3
+    learning_rate: float = 2e-3
     """Of Adam, at most: it rises over the first --warmup-steps and falls to a twentieth along a cosine."""
-    quantizer_rate: float = 30.0
+    quantizer_rate: float = 5.0
     """The quantizer's parameters learn at so many times the learning rate."""
     warmup_steps: int = 100
     """Steps over which the learning rate rises."""
-    commitment_weight: float = 0.25
+    commitment_weight: float = 0.01
     """Of the commitment loss, a mean over the entries of the vectors."""
     place: bool = False
     """Before training, put the codes of vq, ema_vq and factorised_vq where data are."""
