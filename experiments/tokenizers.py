@@ -215,12 +215,13 @@ class _Row:
         state, history, seconds = self._train()
         began = time.perf_counter()
         with tqdm(desc=f"{self._name} measured", unit="example", dynamic_ncols=True) as bar:
-            results = self._usage(state, bar) | self._quality(state, bar)
+            usage, before = self._usage(state, bar)
+            results = usage | self._quality(state, bar)
         results["parameters"] = trees.parameter_count((state.params, state.state))
         costs = {
             "seconds": seconds,
             "examples_per_second": self._config.steps * self._config.batch_size / seconds,
-            "measuring_seconds": time.perf_counter() - began,
+            "measuring_seconds": before + time.perf_counter() - began,
             "peak_memory": _peak(),
         }
         outcome = {"results": results, "costs": costs, "history": history}
@@ -249,10 +250,7 @@ class _Row:
 
     def _train(self) -> tuple[TrainState, list[dict[str, float]], float]:
         """The trained state, what was recorded on the way, and the seconds it took, those before a kill included."""
-        config = self._config
-        checkpoint = Checkpoint(config.out / "checkpoints", config.checkpoint_seconds)
-        identity = {"row": self._name, "seed": self._seed}
-        keeper = Checkpoints(checkpoint, f"{_file_name(self._name)}-{self._seed}", identity, alone=True)
+        config, keeper = self._config, self._keeper("training")
         bar = tqdm(desc=f"{self._name}, seed {self._seed}", total=config.steps, unit="step", dynamic_ncols=True)
         with closing(keeper), bar:
             state, used, record, step_key = self._start(keeper)
@@ -276,6 +274,11 @@ class _Row:
                     record["seconds"] = time.perf_counter() - began
                     keeper.save((state, used), record)
         return state, record["history"], record["seconds"]
+
+    def _keeper(self, of: str) -> Checkpoints:
+        checkpoint = Checkpoint(self._config.out / "checkpoints", self._config.checkpoint_seconds)
+        identity = {"row": self._name, "seed": self._seed}
+        return Checkpoints(checkpoint, f"{_file_name(self._name)}-{self._seed}-{of}", identity, alone=True)
 
     def _start(self, keeper: Checkpoints) -> tuple[TrainState, Array, dict[str, Any], Array]:
         """State, counts of codes since the last record, the record, and the key of all steps: new, or as they were."""
@@ -336,19 +339,31 @@ class _Row:
         inputs, _ = self._batch(self._material.train, rows)
         return jax.jit(self._material.encoder.apply)(state.params["encoder"], inputs)
 
-    def _usage(self, state: TrainState, bar: "tqdm[Any]") -> dict[str, float]:
-        """Of one pass over the training set."""
-        encode = jax.jit(self._tokenizer.encode)
-        count = jax.jit(lambda indices: quantize.usage(indices, self._codes))
-        used = np.zeros(self._codes, np.int64)
-        for rows in _pieces(len(self._material.train), 4 * self._config.batch_size):
-            inputs, mask = self._batch(self._material.train, rows)
-            used += np.asarray(count(encode(state.params, state.state, inputs, mask)))
-            bar.update(len(rows))
-        return {
-            "utilisation": float(quantize.utilisation(jnp.asarray(used))),
-            "perplexity": float(quantize.perplexity(jnp.asarray(used))),
-        }
+    def _usage(self, state: TrainState, bar: "tqdm[Any]") -> tuple[dict[str, float], float]:
+        """Of one pass over the training set, which goes on where it was broken off; and the seconds before that."""
+        encode = self._tokenizer.encode
+
+        @jax.jit
+        def count(used: Array, state: TrainState, inputs: Array, mask: Array | None) -> Array:
+            return used + quantize.usage(encode(state.params, state.state, inputs, mask), self._codes)
+
+        keeper = self._keeper("usage")
+        with closing(keeper):
+            restored = keeper.restore(jax.ShapeDtypeStruct((self._codes,), jnp.int32), Layout(None))
+            used, record = restored or (jnp.zeros(self._codes, jnp.int32), {"examples": 0, "seconds": 0.0})
+            before, began = record["seconds"], time.perf_counter()
+            bar.update(record["examples"])
+            for rows in _pieces(len(self._material.train), 4 * self._config.batch_size):
+                if rows[0] < record["examples"]:
+                    continue
+                used = jax.block_until_ready(count(used, state, *self._batch(self._material.train, rows)))
+                record["examples"] = int(rows[-1]) + 1
+                bar.update(len(rows))
+                if keeper.due():
+                    record["seconds"] = before + time.perf_counter() - began
+                    keeper.save(used, record)
+        counted = {"utilisation": quantize.utilisation(used), "perplexity": quantize.perplexity(used)}
+        return {name: float(value) for name, value in counted.items()}, before
 
     def _quality(self, state: TrainState, bar: "tqdm[Any]") -> dict[str, float]:
         """What `Material.measure` makes of originals and outputs; a few of them are kept for the report."""

@@ -131,7 +131,7 @@ def _prepare(
     if eligible.shape != (len(codebook),):
         raise bad_argument("eligible", f"shape {tuple(eligible.shape)}", f"pass [{len(codebook)}], one a code")
     dtype = jnp.promote_types(x.dtype, made.dtype)
-    x, codebook = lax.stop_gradient((x, codebook))
+    x, codebook, eligible = lax.stop_gradient(jax.tree.map(jnp.asarray, (x, codebook, eligible)))
 
     def compared(vectors: Array) -> Array:
         return normalise(vectors.astype(jnp.float32)) if metric == "cosine" else vectors.astype(dtype)

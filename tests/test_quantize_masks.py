@@ -1,6 +1,6 @@
 """What is masked out, or not finite, is as good as not there: for every quantizer, against the other vectors alone."""
 
-from functools import cache, partial
+from functools import cache
 from typing import NamedTuple
 
 import jax
@@ -15,8 +15,6 @@ pytestmark = pytest.mark.core
 
 KEY = jax.random.key(0)
 DRAWN = 100.0  # the count of a code that was replaced, and no other
-# To compile is most of what these tests take.
-QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
 def averaged(width):
@@ -95,7 +93,7 @@ def step(name, x, mask, weights):
     return Step(out, quantizer.lookup(params, state, out.indices), grad_x, grad_params, after)
 
 
-compiled = jax.jit(step, static_argnums=0, compiler_options=QUICK)
+compiled = jax.jit(step, static_argnums=0)
 
 
 @cache
@@ -254,7 +252,7 @@ def test_a_projection_that_overflows_leaves_the_vector_out():
 # The entropies of lookup-free quantization
 
 
-@partial(jax.jit, compiler_options=QUICK)
+@jax.jit
 def entropies_and_gradient(x, mask, weights):
     def total(x):
         each, average = q.lfq_entropies(x, mask, inverse_temperature=2.0)

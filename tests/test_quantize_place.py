@@ -17,8 +17,6 @@ pytestmark = pytest.mark.core
 KEY = jax.random.key(0)
 K = 8
 METRICS = ("euclidean", "cosine")
-# To compile is most of what these tests take.
-QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
 def normal(seed, *shape):
@@ -53,9 +51,9 @@ every_quantizer = pytest.mark.parametrize("name", QUANTIZERS)
 def make(name):
     """A quantizer, its params and state, and `place` compiled: (x, iterations) -> (params, state)."""
     quantizer = QUANTIZERS[name]()
-    params, state = jax.device_get(jax.jit(quantizer.init, compiler_options=QUICK)(KEY))
+    params, state = jax.device_get(jax.jit(quantizer.init)(KEY))
 
-    @partial(jax.jit, static_argnums=1, compiler_options=QUICK)
+    @partial(jax.jit, static_argnums=1)
     def place(x, iterations):
         return quantizer.place(jax.random.key(1), params, state, x, iterations=iterations)
 
@@ -207,7 +205,7 @@ def test_keys_decide_which_vectors():
     """200 keys: each of 20 vectors is drawn in 8 of 20 times, 80 times give or take 5 standard deviations of 6.9."""
     x, params = normal(7, 20, 4), normal(8, K, 4)
     place = jax.vmap(lambda key, x: QUANTIZERS["vq"]().place(key, params, (), x)[0], in_axes=(0, None))
-    placed = np.asarray(jax.jit(place, compiler_options=QUICK)(jax.random.split(KEY, 200), x))
+    placed = np.asarray(jax.jit(place)(jax.random.split(KEY, 200), x))
     counts = np.bincount(sources(placed.reshape(-1, 4), x), minlength=20)
     assert counts.sum() == 200 * K and (np.abs(counts - 80) < 5 * 6.9).all()
 
@@ -217,7 +215,7 @@ def test_keys_decide_which_vectors():
     [q.simvq(K, 4), q.simvq(K, 4, train_codebook=True), q.fsq([3, 4, 5, 2]), q.lfq(4), q.residual(q.simvq(K, 4), 2)],
 )
 def test_without_codes_of_its_own_nothing_is_placed(quantizer):
-    params, state = jax.jit(quantizer.init, compiler_options=QUICK)(KEY)
+    params, state = jax.jit(quantizer.init)(KEY)
     placed = quantizer.place(KEY, params, state, jnp.asarray(normal(1, 20, 4)), iterations=2)
     jax.tree.map(np.testing.assert_array_equal, placed, (params, state))
 
@@ -310,7 +308,7 @@ def test_gradients_pass_the_projections(metric):
 
 def test_how_projections_begin():
     """Uniform in one over the root of the inputs: its standard deviation is that over the root of 3."""
-    params, state = jax.jit(q.projected(q.ema_vq(K, 16), 64, 16).init, compiler_options=QUICK)(KEY)
+    params, state = jax.jit(q.projected(q.ema_vq(K, 16), 64, 16).init)(KEY)
     assert params["quantizer"] == () and state.codebook.shape == (K, 16)
     for name, inputs, outputs in (("down", 64, 16), ("up", 16, 64)):
         kernel, bias = np.asarray(params[name]["kernel"]), np.asarray(params[name]["bias"])

@@ -18,8 +18,6 @@ pytestmark = pytest.mark.core
 KEY = jax.random.key(0)
 K = 16  # and no other axis is so long: by this, axes of codes are told
 DRAWN = 100.0  # the count of a code that was replaced, and no other
-# To compile is most of what these tests take.
-QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
 def averaged(axis, **options):
@@ -107,7 +105,7 @@ def step(quantizer, params, state, x, mask, weights, axis_name=None):
 
 @cache
 def on_one_device(name):
-    run = jax.jit(partial(step, QUANTIZERS[name](None)), compiler_options=QUICK)
+    run = jax.jit(partial(step, QUANTIZERS[name](None)))
     return jax.device_get(run(*drawn(name), X, MASK, WEIGHTS))
 
 
@@ -124,7 +122,7 @@ def on_eight_devices(name):
         partial(step, QUANTIZERS[name]("codes"), axis_name="data"),
         mesh=mesh(), in_specs=(*placed, P("data"), P("data"), P("data")), out_specs=specs(name),
     )  # fmt: skip
-    return jax.jit(mapped, compiler_options=QUICK)(*drawn(name), X, MASK, WEIGHTS)
+    return jax.jit(mapped)(*drawn(name), X, MASK, WEIGHTS)
 
 
 def assert_same(found, expected):
@@ -167,7 +165,7 @@ def test_codes_are_placed_as_on_one_device(name):
 
 
 def on_mesh(function, in_specs, out_specs):
-    return jax.jit(jax.shard_map(function, mesh=mesh(), in_specs=in_specs, out_specs=out_specs), compiler_options=QUICK)
+    return jax.jit(jax.shard_map(function, mesh=mesh(), in_specs=in_specs, out_specs=out_specs))
 
 
 @pytest.mark.parametrize(("vectors", "share"), [(24, 0.7), (8, 1.0), (24, 0.0)])

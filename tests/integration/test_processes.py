@@ -1,6 +1,7 @@
 """Runs over several devices and processes: the same numbers, and an end when one process dies."""
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -19,7 +20,7 @@ METHODS = ["ewc", "er"]
 
 def start(out, *options, devices=1, **environment):
     """One process of a run with so many devices; what it says goes to a file beside its folder."""
-    flags = f"--xla_force_host_platform_device_count={devices}"
+    flags = re.sub(r"(device_count=)\d+", rf"\g<1>{devices}", os.environ["XLA_FLAGS"])
     command = [sys.executable, "-m", "experiments.baselines", *OPTIONS, "--out", str(out), *options]
     cache = {"JAX_COMPILATION_CACHE_DIR": str(out.parent / "cache"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     with Path(f"{out}.{environment.get('JAX_PROCESS_ID', 0)}.log").open("ab") as log:

@@ -13,7 +13,10 @@ import pytest
 from experiments import simvq_audio, simvq_image, tokenizers
 from jaxcl import tokenizer
 
-SMOKE = ["--preset", "smoke", "--rows", "vq:16", "simvq:16", "lfq:16", "--steps", "6", "--limit", "60"]
+SMOKE = [
+    *("--preset", "smoke", "--rows", "vq:16", "simvq:16", "lfq:16"),
+    *("--steps", "6", "--limit", "60", "--batch-size", "4"),
+]
 
 
 def written(out):
@@ -82,6 +85,26 @@ def test_a_finished_row_is_not_trained_again(smoke, tmp_path, monkeypatch):
     monkeypatch.setattr(tokenizers._Row, "_train", None)
     simvq_image.main([*SMOKE, "--out", str(tmp_path / "run")])
     assert written(tmp_path / "run")["results"] == written(smoke[0])["results"]
+
+
+def test_a_broken_off_pass_over_the_training_set_goes_on(smoke, tmp_path, monkeypatch):
+    run = shutil.copytree(smoke[0], tmp_path / "run")
+    (run / "metrics.json").unlink()
+    (run / "rows" / "simvq-16-0.json").unlink()
+    arguments = [*SMOKE, "--checkpoint-seconds", "0", "--out", str(run)]
+    pieces, batch, read = tokenizers._pieces, tokenizers._Row._batch, []
+
+    def breaking(count, size):
+        yield from pieces(count, size)[:2]
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(tokenizers, "_pieces", breaking)
+        simvq_image.main(arguments)
+    monkeypatch.setattr(tokenizers._Row, "_batch", lambda *args: read.append(args[2].tolist()) or batch(*args))
+    simvq_image.main(arguments)
+    assert read[1:3] == [list(range(32, 48)), list(range(48, 60))]  # the first is what the state is shaped by
+    assert written(run)["results"] == written(smoke[0])["results"]
 
 
 @pytest.mark.parametrize(
