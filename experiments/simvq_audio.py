@@ -2,8 +2,9 @@
 
 Every row of the table is trained with the same encoder, decoder, steps and data order; only the quantizer differs.
 Utilisation and perplexity are those of one pass over the training set. On the test set: mel distance, SI-SDR, STOI and
-PESQ (where pystoi and pesq are installed), and kept accuracy, which is that of a digit classifier, trained on original
-training clips, on the reconstructions over that on the originals.
+PESQ (where pystoi and pesq are installed; many clips are too short for them, and the share that is not stands beside),
+and kept accuracy, which is that of a digit classifier, trained on original training clips, on the reconstructions over
+that on the originals.
 
 python -m experiments.simvq_audio
 """
@@ -206,6 +207,8 @@ def measure(
         for name, values in own.items():
             each.setdefault(name, []).append(np.asarray(values, np.float64))
     means = {name: float(np.nanmean(np.concatenate(values))) for name, values in each.items()}
+    for name in [name for name in ("stoi", "pesq") if name in each]:
+        means[f"{name}_clips"] = float(np.mean(~np.isnan(np.concatenate(each[name]))))
     right, before = means.pop("right"), means.pop("right_before")
     return means | {"kept_accuracy": right / before if before else float("nan"), "acc": right}
 

@@ -1,12 +1,41 @@
-"""What several test files use: golden values, one measure of closeness, numerical gradients, a mesh of host devices."""
+"""What several test files use: golden values, both ways to call, closeness, numerical gradients, a mesh of devices."""
 
 import json
+import os
 from pathlib import Path
 
 import jax
 import numpy as np
+import pytest
 
 GOLDENS = Path(__file__).parent / "goldens"
+# What `conftest` turns off.
+_WITH_CARE = {
+    "xla_backend_optimization_level": 3,
+    "xla_llvm_disable_expensive_passes": False,
+    "xla_cpu_use_fusion_emitters": True,
+}
+
+
+def plain(function, **_):
+    """In place of `compiled`."""
+    return function
+
+
+def compiled(function, **options):
+    """`jax.jit` with all the compiler's passes, as users have it."""
+    flags = os.environ["XLA_FLAGS"]
+    return jax.jit(
+        function, compiler_options={flag: _WITH_CARE[flag] for flag in _WITH_CARE if f"--{flag}=" in flags}, **options
+    )
+
+
+def steps_of(wrap):
+    """Plain calls compile anew each time: one step of three is enough."""
+    return range(1) if wrap is plain else range(3)
+
+
+both_ways = pytest.mark.parametrize("wrap", [plain, compiled])
 
 
 def golden(name):

@@ -7,7 +7,6 @@ e = p - onehot(y) in the bias and x e^T in the kernel; everything else follows f
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 from scipy.special import softmax
 
 from jaxcl.continual import Batch, Examples, streams
@@ -15,14 +14,6 @@ from jaxcl.continual import Batch, Examples, streams
 D, K = 3, 4
 KEY = jax.random.key(0)
 ONCE = {"start": 1, "train": 1, "evaluate": 1}  # compilations that every run has
-
-
-def plain(function):
-    """In place of `jax.jit`."""
-    return function
-
-
-both_ways = pytest.mark.parametrize("wrap", [plain, jax.jit])
 
 
 def apply(params, inputs):

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import golden, host_mesh
+from helpers import both_ways, golden, host_mesh, plain, steps_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import NamedSharding
@@ -29,19 +29,6 @@ from jaxcl.continual.compilations import count_compilations
 pytestmark = pytest.mark.core
 
 TRAINED = ["dkvb_train_top1", "dkvb_train_top3", "dkvb_clip_active"]
-
-
-def plain(function, **_):
-    """In place of `jax.jit`: each golden is checked both ways."""
-    return function
-
-
-def steps_of(wrap):
-    """Plain calls compile anew each time: one step of them is enough."""
-    return range(1) if wrap is plain else range(3)
-
-
-both_ways = pytest.mark.parametrize("wrap", [plain, jax.jit])
 
 
 def assert_close(actual, expected, tolerance=1e-5):

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import assert_close, golden
+from helpers import assert_close, compiled, golden
 
 from jaxcl import quantize as q
 from jaxcl.trees import pick
@@ -24,7 +24,7 @@ def test_recorded_residual_codes(jitted):
     arrays, meta = golden("residual_vq")
     quantizer = q.residual(q.vq(meta["codebook_size"], meta["dim"]), meta["num_quantizers"])
     params = jnp.asarray(arrays["codebooks"])
-    out = (jax.jit(quantizer.quantize) if jitted else quantizer.quantize)(params, (), jnp.asarray(arrays["x"]))
+    out = (compiled(quantizer.quantize) if jitted else quantizer.quantize)(params, (), jnp.asarray(arrays["x"]))
     np.testing.assert_array_equal(out.indices, arrays["indices"])
     assert_close(out.codes, arrays["quantized"])
     assert_close(quantizer.lookup(params, (), out.indices), arrays["output_from_indices"])

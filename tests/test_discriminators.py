@@ -8,8 +8,6 @@ from helpers import assert_close
 
 from jaxcl.nets.discriminators import PatchDiscriminator
 
-pytestmark = pytest.mark.core
-
 
 def small(width=16, layers=2, shape=(3, 13, 8, 2)):
     """A network, parameters that all count, and inputs."""

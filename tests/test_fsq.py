@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import assert_close, golden
+from helpers import assert_close, compiled, golden
 
 from jaxcl import quantize as q
 
@@ -24,7 +24,7 @@ def test_recorded_values(name, jitted):
         return (arrays["P"] * out.codes).sum(), out
 
     gradient = jax.grad(total, has_aux=True)
-    grad_x, out = (jax.jit(gradient) if jitted else gradient)(jnp.asarray(arrays["x"]))
+    grad_x, out = (compiled(gradient) if jitted else gradient)(jnp.asarray(arrays["x"]))
     np.testing.assert_array_equal(out.indices, arrays["indices"])
     assert_close(out.codes, arrays["quantized"])
     assert_close(grad_x, arrays["grad_x"])

@@ -9,8 +9,6 @@ from helpers import assert_close
 from jaxcl import nets
 from jaxcl.trees import parameter_count
 
-pytestmark = pytest.mark.core
-
 
 def float64(tree):
     return jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), tree)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import assert_close, golden
+from helpers import assert_close, both_ways, golden, steps_of
 
 from jaxcl import bottleneck as bn
 from jaxcl import quantize, trees
@@ -31,19 +31,6 @@ from jaxcl.continual import (
 pytestmark = pytest.mark.core
 
 KEY = jax.random.key(0)
-
-
-def plain(function):
-    """In place of `jax.jit`: each golden is checked both ways."""
-    return function
-
-
-def steps_of(wrap):
-    """Plain calls compile anew each time: one step of them is enough."""
-    return range(1) if wrap is plain else range(3)
-
-
-both_ways = pytest.mark.parametrize("wrap", [plain, jax.jit])
 
 
 def norm_of(tree):

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import assert_close, golden, numerical_gradient
+from helpers import assert_close, compiled, golden, numerical_gradient
 from scipy.special import softmax
 
 from jaxcl import quantize as q
@@ -33,7 +33,7 @@ def test_recorded_values(name, jitted):
         return (weights * out.codes).sum() + loss, (out, loss, each.mean(), average, commitment)
 
     gradient = jax.grad(total, has_aux=True)
-    gradient = jax.jit(gradient) if jitted else gradient
+    gradient = compiled(gradient) if jitted else gradient
     grad_x, (out, loss, each, average, commitment) = gradient(x, arrays["P"])
     np.testing.assert_array_equal(out.indices, arrays["indices"])
     assert_close(out.codes, arrays["quantized"])

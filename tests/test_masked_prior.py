@@ -8,12 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import assert_close, numerical_gradient
+from helpers import assert_close, compiled, numerical_gradient, plain
 
 from jaxcl.masked_prior import decisions_a_step, masked_prior, smallest_radix, to_digits
 from jaxcl.nets.transformer import TokenTransformer
-
-pytestmark = pytest.mark.core
 
 
 class Table:
@@ -41,11 +39,6 @@ class Witness(Table):
         remember = lambda *shown: self.seen.append(tuple(map(np.asarray, shown)))  # noqa: E731
         jax.debug.callback(remember, tokens, labels, ordered=True)
         return super().apply(params, tokens, labels)
-
-
-def plain(function):
-    """In place of `jax.jit`."""
-    return function
 
 
 def normal(seed, *shape):
@@ -229,7 +222,7 @@ def toy_tokens(codebook_size, *shape):
 
 
 @pytest.mark.parametrize(
-    ("codebook_size", "digits", "wrap"), [(5, 1, plain), (5, 1, jax.jit), (7, 2, jax.jit), (11, 3, jax.jit)]
+    ("codebook_size", "digits", "wrap"), [(5, 1, plain), (5, 1, compiled), (7, 2, compiled), (11, 3, compiled)]
 )
 def test_the_loss_is_the_cross_entropy_of_what_is_hidden(codebook_size, digits, wrap):
     witness = Witness()

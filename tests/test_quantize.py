@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import assert_close, golden, host_mesh, numerical_gradient
+from helpers import assert_close, compiled, golden, host_mesh, numerical_gradient
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -82,7 +82,7 @@ def replace_as_recorded(arrays, meta, state, x, t):
 def test_ema_vq_reproduces_recorded_steps(name, jitted):
     arrays, meta, quantizer, state = recorded(name)
     step = partial(step_with_gradient, quantizer)
-    step = jax.jit(step) if jitted else step
+    step = compiled(step) if jitted else step
     for t in range(3):
         x = jnp.asarray(arrays["x"][t])
         gradient, out, state = step(state, x, arrays["P"][t])

@@ -11,8 +11,6 @@ from helpers import assert_close
 
 from jaxcl import quantize as q
 
-pytestmark = pytest.mark.core
-
 KEY = jax.random.key(0)
 DRAWN = 100.0  # the count of a code that was replaced, and no other
 

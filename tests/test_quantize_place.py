@@ -12,8 +12,6 @@ from jax.sharding import PartitionSpec as P
 from jaxcl import quantize as q
 from jaxcl.nearest import nearest_codes
 
-pytestmark = pytest.mark.core
-
 KEY = jax.random.key(0)
 K = 8
 METRICS = ("euclidean", "cosine")

@@ -13,8 +13,6 @@ from jax.sharding import PartitionSpec as P
 
 from jaxcl import quantize as q
 
-pytestmark = pytest.mark.core
-
 KEY = jax.random.key(0)
 K = 16  # and no other axis is so long: by this, axes of codes are told
 DRAWN = 100.0  # the count of a code that was replaced, and no other

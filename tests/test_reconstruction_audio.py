@@ -11,8 +11,6 @@ from helpers import assert_close, numerical_gradient
 
 from jaxcl.reconstruction import audio
 
-pytestmark = pytest.mark.core
-
 RATE = 8000
 STFT_WINDOWS = (8, 16)
 MEL_WINDOWS, MEL_BANDS = (32, 64), (4, 8)

@@ -6,19 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import assert_close, numerical_gradient
+from helpers import assert_close, both_ways, numerical_gradient
 
 from jaxcl.reconstruction import psnr, ssim
-
-pytestmark = pytest.mark.core
-
-
-def plain(function):
-    """In place of `jax.jit`."""
-    return function
-
-
-both_ways = pytest.mark.parametrize("wrap", [plain, jax.jit])
 
 
 def pair(*shape, peak=255.0, noise=0.1, seed=0):

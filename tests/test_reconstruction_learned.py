@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import assert_close, numerical_gradient
+from helpers import assert_close, both_ways, numerical_gradient
 
 from jaxcl.reconstruction.learned import (
     adaptive_weight,
@@ -13,15 +13,6 @@ from jaxcl.reconstruction.learned import (
     perceptual_loss,
 )
 
-pytestmark = pytest.mark.core
-
-
-def plain(function):
-    """In place of `jax.jit`."""
-    return function
-
-
-both_ways = pytest.mark.parametrize("wrap", [plain, jax.jit])
 both_dtypes = pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 1e-5), (jnp.bfloat16, 2e-2)])
 
 

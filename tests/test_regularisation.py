@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import assert_close
+from helpers import assert_close, both_ways, plain
 from scipy.special import log_softmax, softmax
 from scipy.stats import chi2
 from softmax import (
@@ -16,7 +16,6 @@ from softmax import (
     D,
     K,
     apply,
-    both_ways,
     chained,
     flat,
     logits_by_hand,
@@ -25,7 +24,6 @@ from softmax import (
     make_stream,
     mean_gradient,
     own_gradients,
-    plain,
     probe,
     wrapped,
 )

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import assert_close
+from helpers import assert_close, both_ways, plain
 from scipy.special import log_softmax
 from scipy.stats import chi2
 from softmax import (
@@ -13,7 +13,6 @@ from softmax import (
     ONCE,
     K,
     apply,
-    both_ways,
     chained,
     flat,
     logits_by_hand,
@@ -22,7 +21,6 @@ from softmax import (
     make_stream,
     mean_gradient,
     own_gradients,
-    plain,
     probe,
     wrapped,
 )

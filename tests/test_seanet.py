@@ -11,8 +11,6 @@ from helpers import assert_close
 from jaxcl import nets
 from jaxcl.trees import parameter_count
 
-pytestmark = pytest.mark.core
-
 STRIDES, DILATIONS = (2, 3), (1, 3)
 HOP, CHANNELS, WIDTH = 6, 4, 5
 

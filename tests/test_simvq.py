@@ -4,19 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import assert_close, golden, numerical_gradient
+from helpers import assert_close, both_ways, golden, numerical_gradient, plain
 
 from jaxcl import quantize as q
 
 pytestmark = pytest.mark.core
-
-
-def plain(function):
-    """In place of `jax.jit`."""
-    return function
-
-
-both_ways = pytest.mark.parametrize("wrap", [plain, jax.jit])
 
 
 def normal(seed, *shape):

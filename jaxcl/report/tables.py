@@ -11,7 +11,10 @@ from jaxcl.typing import bad_argument
 Results = Mapping[str, Mapping[str, Mapping[str, Any]]]  # method -> metric -> {"mean", "std", "ci95", "values"}
 
 # Fractions, shown in percent.
-SHARES = ("acc", "forgetting", "bwt", "fwt", "learning_accuracy", "utilisation", "kept_accuracy")
+SHARES = (
+    *("acc", "forgetting", "bwt", "fwt", "learning_accuracy"),
+    *("utilisation", "kept_accuracy", "stoi_clips", "pesq_clips"),
+)
 # Of a tokenizer; each in its own unit, to so many decimals.
 DECIMALS = {"perplexity": 0, "psnr": 2, "ssim": 3, "frechet": 2, "mel_distance": 3, "si_sdr": 2, "stoi": 3, "pesq": 2}
 METRICS = (*SHARES, *DECIMALS, "parameters", "bytes", "seconds", "examples_per_second", "peak_memory")
@@ -19,6 +22,7 @@ METRICS = (*SHARES, *DECIMALS, "parameters", "bytes", "seconds", "examples_per_s
 HEADINGS = {
     "examples_per_second": "examples/s", "psnr": "PSNR dB", "ssim": "SSIM", "frechet": "Frechet distance",
     "si_sdr": "SI-SDR dB", "stoi": "STOI", "pesq": "PESQ",
+    "stoi_clips": "clips with STOI", "pesq_clips": "clips with PESQ",
 }  # fmt: skip
 KEYS = ("experiment", "preset", "config", "results", "costs", "environment", "seconds")  # of metrics.json
 UNDEFINED = "-"
