@@ -65,6 +65,18 @@ def test_the_loops_programs_compile_for_a_tpu_and_share_the_work(tmp_path):
 
 
 @needs_libtpu
+def test_a_search_of_many_codes_never_holds_all_scores(tmp_path):
+    """Data-parallel, and with codes split over devices; a device's scores alone would fill 8 and 512 GiB."""
+    steps = ["nearest_262144", "nearest_262144_codes_split", "nearest_16777216_codes_split"]
+    done = run("--topologies", "v5e:2x4", "--steps", *steps, "--effort", "-1", "--out", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    entries = {entry["step"]: entry for entry in report.read_json(tmp_path / "tpu_report.json")["programs"]}
+    for name in steps:
+        assert entries[name]["temporary_bytes"] < 32 * 2**20, name
+        assert bool(entries[name]["collectives"]) == name.endswith("codes_split"), name
+
+
+@needs_libtpu
 def test_a_program_that_fails_is_shown_and_told_by_the_exit_code():
     done = run("--topologies", "v5e:3x5", "--steps", "mlp_naive_train", "nearest")
     assert done.returncode == 1
