@@ -207,8 +207,9 @@ def measure(
         for name, values in own.items():
             each.setdefault(name, []).append(np.asarray(values, np.float64))
     means = {name: float(np.nanmean(np.concatenate(values))) for name, values in each.items()}
-    for name in [name for name in ("stoi", "pesq") if name in each]:
-        means[f"{name}_clips"] = float(np.mean(~np.isnan(np.concatenate(each[name]))))
+    for name in ("stoi", "pesq"):
+        if name in each:
+            means[f"{name}_clips"] = float(np.mean(~np.isnan(np.concatenate(each[name]))))
     right, before = means.pop("right"), means.pop("right_before")
     return means | {"kept_accuracy": right / before if before else float("nan"), "acc": right}
 

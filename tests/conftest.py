@@ -5,17 +5,18 @@ import os
 
 import pytest
 
-if "XLA_FLAGS" not in os.environ:  # whoever sets them gets just those
-    # Most of a test's time is the compiler's, for a program that runs once.
-    _flags = {
-        "xla_force_host_platform_device_count": "8",
+_given = os.environ.get("XLA_FLAGS")
+_flags = {"xla_force_host_platform_device_count": "8"}
+if _given is None:  # most of a test's time is the compiler's, for a program that runs once
+    _flags |= {
         "xla_backend_optimization_level": "0",
         "xla_llvm_disable_expensive_passes": "true",
         "xla_cpu_parallel_codegen_split_count": "1",
     }
     if importlib.metadata.version("jaxlib").startswith("0.10."):  # later ones do not know it, and would end the process
         _flags["xla_cpu_use_fusion_emitters"] = "false"
-    os.environ["XLA_FLAGS"] = " ".join(f"--{flag}={value}" for flag, value in _flags.items())
+_added = [f"--{flag}={value}" for flag, value in _flags.items() if flag not in (_given or "")]
+os.environ["XLA_FLAGS"] = " ".join([_given or "", *_added]).strip()
 # Where libtpu is installed, each process would else try it and write of what it misses.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
