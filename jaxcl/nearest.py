@@ -8,7 +8,7 @@ through looking codes up.
 
 import math
 from collections.abc import Callable
-from functools import partial
+from functools import partial, reduce
 from typing import Any, Literal
 
 import jax
@@ -20,11 +20,12 @@ from jaxcl.typing import Array, bad_argument, check_at_least, check_choice, chec
 Metric = Literal["euclidean", "cosine"]
 Pair = tuple[Array, Array]
 _METRICS = ("euclidean", "cosine")
-# Codes a block. Measured on CPU: 256 to 1,024 are alike (the block's scores stay in cache), above that it gets slower.
+# Codes a block. Measured on CPU: 256 to 1,024 are alike for 1,000 vectors; for more, 256 is faster, as a block's scores
+# stay in cache.
 # The GPU figure is an estimate (few, large products; 16 kB of scores a vector). TPU compilers fuse the score matrix
 # away, so there the whole codebook is one block.
-_BLOCK = {"cpu": 512, "cuda": 4096, "rocm": 4096}
-_GROUP = 8  # codes among which the best is told apart only in the end
+_BLOCK = {"cpu": 256, "cuda": 4096, "rocm": 4096}
+_GROUP = 16  # codes among which the best is told apart only in the end
 
 
 def nearest_codes(
@@ -158,8 +159,12 @@ def _scores(x: Array, codes: Array, eligible: Array, metric: Metric) -> Array:
     For the cosine of vectors already normalised it is `x . c` alone.
     """
     codes, offset = _offset(codes, eligible, metric)
-    product = jnp.matmul(x, codes.T, precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
-    return product - offset
+    return _products(x, codes.T) - offset
+
+
+def _products(left: Array, right: Array) -> Array:
+    """[N, D] times [D, K], float32."""
+    return jnp.matmul(left, right, precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
 
 
 def _offset(codes: Array, eligible: Array, metric: Metric) -> tuple[Array, Array]:
@@ -185,20 +190,35 @@ def _search(
         return jnp.where(jnp.isnan(highest), -jnp.inf, highest), jnp.argmax(scores, axis=-1).astype(jnp.int32)
 
     group = math.gcd(_GROUP, min(block, len(codebook)))
+    rows, allowed, starts = _in_blocks(codebook, eligible, block)
+    lanes, vectors = rows.shape[1] // group, x.T
 
-    def in_block(rows: Array, eligible: Array, start: Array) -> Pair:
-        # Maxima vectorise, unlike argmax, which does not on CPU. Where the highest stands is only looked for among the
-        # maxima of groups: one pass over all scores in place of two.
-        groups = _scores(x, codes_of(rows), eligible, metric).reshape(len(x), len(rows) // group, group).max(axis=-1)
-        highest = groups.max(axis=-1)
-        position = jnp.where(groups == highest[:, None], jnp.arange(groups.shape[1]), groups.shape[1]).min(axis=-1)
-        known = ~jnp.isnan(highest)
-        return jnp.where(known, highest, -jnp.inf), jnp.where(known, start + group * position, 0)
+    def in_block(number: Array | int) -> Array:
+        """The highest score in each group of codes that follow each other, [lanes, N]."""
+        # The first codes of all groups go first, then all second ones: what is compared are long rows.
+        made = _offset(codes_of(rows[number]), allowed[number], metric)
+        codes, offset = (part.reshape(lanes, group, *part.shape[1:]).swapaxes(0, 1) for part in made)
+        products = _products(codes.reshape(lanes * group, -1), vectors).reshape(group, lanes, -1)
+        scores = (products[member] - offset[member, :, None] for member in range(group))
+        # Not jnp.maximum: it takes care of NaN, and longer.
+        return reduce(lambda best, other: jnp.where(other > best, other, best), scores)
 
     def better(best: Pair, other: Pair) -> Pair:
-        return lax.select(other[0] > best[0], other[0], best[0]), lax.select(other[0] > best[0], other[1], best[1])
+        return jnp.where(other[0] > best[0], other[0], best[0]), jnp.where(other[0] > best[0], other[1], best[1])
 
-    best, start = _fold_blocks(in_block, better, _in_blocks(codebook, eligible, block))
+    def step(number: Array | int, carry: tuple[Pair, Array]) -> tuple[Pair, Array]:
+        # What a block holds is compared a step later: the compiler would else work it out for each half of the pair.
+        best, before = carry
+        return better(best, (before, starts[number - 1])), in_block(number)
+
+    first = in_block(0)
+    known = ~jnp.isnan(first)
+    nothing_better = jnp.where(known, first, -jnp.inf), jnp.where(known, starts[0], 0)
+    best, last = lax.fori_loop(1, len(rows), step, (nothing_better, first))
+    scores, start = better(best, (last, starts[-1]))
+    highest = scores.max(axis=0)
+    start += group * jnp.arange(lanes)[:, None]
+    start = jnp.where(scores == highest, start, jnp.iinfo(jnp.int32).max).min(axis=0)
 
     def in_group(number: Array | int) -> Pair:
         """Score [N] and index [N] of the code that comes so many after the first of each vector's group."""
@@ -207,7 +227,7 @@ def _search(
         codes, offset = _offset(codes_of(codebook[row]), eligible[row] & (index < len(codebook)), metric)
         return jnp.sum(x.astype(jnp.float32) * codes.astype(jnp.float32), axis=-1) - offset, index
 
-    return best, lax.fori_loop(1, group, lambda number, pair: better(pair, in_group(number)), in_group(0))[1]
+    return highest, lax.fori_loop(1, group, lambda number, pair: better(pair, in_group(number)), in_group(0))[1]
 
 
 def _search_k(
