@@ -139,7 +139,7 @@ def material_of(config: Config) -> Material:
         return (images[..., None] if images.ndim == 3 else images).astype(jnp.float32) * (2 / top) - 1
 
     def loss(outputs: Array, inputs: Array, mask: Array | None) -> Array:
-        error = jnp.square(outputs - inputs).mean(axis=(1, 2, 3))
+        error = jnp.abs(outputs - inputs).mean(axis=(1, 2, 3))  # as VQGAN and SimVQ's authors have it
         if config.perceptual_weight == 0:
             return error
         return error + config.perceptual_weight * reconstruction.perceptual_loss(feature_maps(), outputs, inputs)

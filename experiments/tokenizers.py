@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 POINTS = 30  # of the curves over training
 MOST_FOR_PRIOR = 20_000  # training examples whose tokens the prior learns
 MOST_FAULTY_STEPS = 10  # in a row, after which a run stops
+BASIS_DECAY = 0.05  # chosen on training images
 FACTORISED_WIDTH = 8  # Yu et al. 2022, section 3.2: 32 and less are alike
 
 
@@ -56,7 +57,7 @@ class TokenizerConfig(BaseConfig):
     """The quantizer's parameters learn at so many times the learning rate."""
     warmup_steps: int = 100
     """Steps over which the learning rate rises."""
-    commitment_weight: float = 0.01
+    commitment_weight: float = 0.1
     """Of the commitment loss, a mean over the entries of the vectors."""
     place: bool = False
     """Before training, put the codes of vq, ema_vq and factorised_vq where data are."""
@@ -119,6 +120,14 @@ def _lfq(codes: int, width: int) -> Choice:
     return Choice(quantize.projected(quantize.lfq(bits), width, bits), entropies)
 
 
+def _simvq(codes: int, width: int) -> Choice:
+    def decay(params: PyTree, features: Array, mask: Array | None) -> Array:
+        """Keeps the codes a little closer together than the features: codes beyond them are never chosen."""
+        return BASIS_DECAY * jnp.square(params["basis"][0]["kernel"]).mean()
+
+    return Choice(quantize.simvq(codes, width), decay)
+
+
 # A code of the averages counts as dead if it has less than a tenth of an even share of a batch.
 def _ema_vq(codes: int, width: int) -> Choice:
     return Choice(quantize.ema_vq(codes, width, decay=0.99, dead_threshold=0.1, gradient="straight_through"))
@@ -134,7 +143,7 @@ QUANTIZERS: dict[str, Callable[[int, int], Choice]] = {
         quantize.projected(quantize.fsq(levels_of(codes)), width, len(levels_of(codes)))
     ),
     "lfq": _lfq,
-    "simvq": lambda codes, width: Choice(quantize.simvq(codes, width)),
+    "simvq": _simvq,
 }
 
 
