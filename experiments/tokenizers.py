@@ -35,7 +35,6 @@ if TYPE_CHECKING:
 POINTS = 30  # of the curves over training
 MOST_FOR_PRIOR = 20_000  # training examples whose tokens the prior learns
 MOST_FAULTY_STEPS = 10  # in a row, after which a run stops
-BASIS_DECAY = 0.05  # chosen on training images
 FACTORISED_WIDTH = 8  # Yu et al. 2022, section 3.2: 32 and less are alike
 
 
@@ -59,6 +58,8 @@ class TokenizerConfig(BaseConfig):
     """Steps over which the learning rate rises."""
     commitment_weight: float = 0.1
     """Of the commitment loss, a mean over the entries of the vectors."""
+    basis_decay: float = 0.05
+    """Of the mean square of SimVQ's W, a loss: it keeps codes among the features, for those beyond are never chosen."""
     place: bool = False
     """Before training, put the codes of vq, ema_vq and factorised_vq where data are."""
     validation: bool = False
@@ -109,7 +110,7 @@ def bits_of(codes: int) -> int:
     return codes.bit_length() - 1
 
 
-def _lfq(codes: int, width: int) -> Choice:
+def _lfq(codes: int, config: TokenizerConfig) -> Choice:
     bits = bits_of(codes)
 
     def entropies(params: PyTree, features: Array, mask: Array | None) -> Array:
@@ -117,31 +118,36 @@ def _lfq(codes: int, width: int) -> Choice:
         each, together = quantize.lfq_entropies(features @ layer["kernel"] + layer["bias"], mask)
         return 0.1 * (each.mean() - together)  # Yu et al. 2023, appendix
 
-    return Choice(quantize.projected(quantize.lfq(bits), width, bits), entropies)
+    return Choice(quantize.projected(quantize.lfq(bits), config.width, bits), entropies)
 
 
-def _simvq(codes: int, width: int) -> Choice:
+def _simvq(codes: int, config: TokenizerConfig) -> Choice:
     def decay(params: PyTree, features: Array, mask: Array | None) -> Array:
-        """Keeps the codes a little closer together than the features: codes beyond them are never chosen."""
-        return BASIS_DECAY * jnp.square(params["basis"][0]["kernel"]).mean()
+        return config.basis_decay * jnp.square(params["basis"][0]["kernel"]).mean()
 
-    return Choice(quantize.simvq(codes, width), decay)
-
-
-# A code of the averages counts as dead if it has less than a tenth of an even share of a batch.
-def _ema_vq(codes: int, width: int) -> Choice:
-    return Choice(quantize.ema_vq(codes, width, decay=0.99, dead_threshold=0.1, gradient="straight_through"))
+    return Choice(quantize.simvq(codes, config.width), decay)
 
 
-QUANTIZERS: dict[str, Callable[[int, int], Choice]] = {
-    "vq": lambda codes, width: Choice(quantize.vq(codes, width)),
+def _ema_vq(codes: int, config: TokenizerConfig) -> Choice:
+    # A code counts as dead if it has less than a tenth of an even share of a batch.
+    return Choice(quantize.ema_vq(codes, config.width, decay=0.99, dead_threshold=0.1, gradient="straight_through"))
+
+
+def _factorised_vq(codes: int, config: TokenizerConfig) -> Choice:
+    narrow = quantize.vq(codes, FACTORISED_WIDTH, metric="cosine")
+    return Choice(quantize.projected(narrow, config.width, FACTORISED_WIDTH))
+
+
+def _fsq(codes: int, config: TokenizerConfig) -> Choice:
+    levels = levels_of(codes)
+    return Choice(quantize.projected(quantize.fsq(levels), config.width, len(levels)))
+
+
+QUANTIZERS: dict[str, Callable[[int, TokenizerConfig], Choice]] = {
+    "vq": lambda codes, config: Choice(quantize.vq(codes, config.width)),
     "ema_vq": _ema_vq,
-    "factorised_vq": lambda codes, width: Choice(
-        quantize.projected(quantize.vq(codes, FACTORISED_WIDTH, metric="cosine"), width, FACTORISED_WIDTH)
-    ),
-    "fsq": lambda codes, width: Choice(
-        quantize.projected(quantize.fsq(levels_of(codes)), width, len(levels_of(codes)))
-    ),
+    "factorised_vq": _factorised_vq,
+    "fsq": _fsq,
     "lfq": _lfq,
     "simvq": _simvq,
 }
@@ -152,7 +158,7 @@ def run(config: TokenizerConfig, experiment: str, material: Material) -> dict[st
     check_at_least("seeds", config.seeds, 1)
     check_at_least("steps", config.steps, 1)
     check_at_least("rows", len(config.rows), 1)
-    rows = {name: _parse(name) for name in config.rows}  # so that a misspelt one is told before any work
+    rows = {name: _parse(name, config) for name in config.rows}  # so that a misspelt one is told before any work
     if config.prior_row is not None:
         check_choice("prior_row", config.prior_row, rows)
     began = time.perf_counter()
@@ -162,11 +168,8 @@ def run(config: TokenizerConfig, experiment: str, material: Material) -> dict[st
     results: dict[str, Any] = {}
     costs: dict[str, Any] = {}
     histories: dict[str, list[dict[str, float]]] = {}
-    for name, (method, codes) in rows.items():
-        of_seeds = [
-            _Row(config, material, name, codes, QUANTIZERS[method](codes, config.width), seed).outcome()
-            for seed in range(config.seeds)
-        ]
+    for name, row in rows.items():
+        of_seeds = [_Row(config, material, name, *row, seed).outcome() for seed in range(config.seeds)]
         results[name] = _columns([one["results"] for one in of_seeds])
         costs[name] = _columns([one["costs"] for one in of_seeds])
         histories[name] = of_seeds[0]["history"]
@@ -181,9 +184,7 @@ def run(config: TokenizerConfig, experiment: str, material: Material) -> dict[st
     }
     shown = {name: np.load(_examples_path(config, name, 0), allow_pickle=False) for name in ("original", *rows)}
     if config.prior_row is not None:
-        method, codes = rows[config.prior_row]
-        row = _Row(config, material, config.prior_row, codes, QUANTIZERS[method](codes, config.width), 0)
-        shown["sampled by a prior"] = row.sampled()
+        shown["sampled by a prior"] = _Row(config, material, config.prior_row, *rows[config.prior_row], 0).sampled()
     figures = material.figures(shown) | _curves(histories)
     report.write_atomic(config.out / "history.csv", _history(histories))
     report.write_atomic(config.out / "report.html", report.html_report(document, figures))
@@ -409,13 +410,13 @@ def _times(factor: float) -> optax.GradientTransformation:
     return optax.stateless(scale)
 
 
-def _parse(row: str) -> tuple[str, int]:
+def _parse(row: str, config: TokenizerConfig) -> tuple[int, Choice]:
+    """Codes and quantizer of a row."""
     method, _, codes = row.partition(":")
     check_choice("rows", method, QUANTIZERS)
     if not codes.isdecimal():
         raise bad_argument("rows", row, "write it as simvq:65536")
-    QUANTIZERS[method](int(codes), 64)
-    return method, int(codes)
+    return int(codes), QUANTIZERS[method](int(codes), config)
 
 
 def _pieces(count: int, size: int) -> list[np.ndarray]:
