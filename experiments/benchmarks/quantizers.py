@@ -30,7 +30,8 @@ def _ours(method: str, count: int, codes: int) -> Step:
         quantizer = quantize.simvq(codes, D, bias=False, gradient="rotation")
     else:
         quantizer = quantize.ema_vq(codes, D)
-    params, state = jax.jit(quantizer.init)(jax.random.key(0))
+    # Waited for: what it takes to make them does not belong to the step.
+    params, state = jax.block_until_ready(jax.jit(quantizer.init)(jax.random.key(0)))
     x = jax.device_put(_vectors(count))
 
     @partial(jax.jit, donate_argnums=2)
