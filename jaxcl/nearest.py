@@ -212,9 +212,9 @@ def _search(
         return better(best, (before, starts[number - 1])), in_block(number)
 
     first = in_block(0)
-    known = ~jnp.isnan(first)
-    nothing_better = jnp.where(known, first, -jnp.inf), jnp.where(known, starts[0], 0)
-    best, last = lax.fori_loop(1, len(rows), step, (nothing_better, first))
+    known = ~jnp.isnan(first)  # nothing compares with NaN
+    initial = jnp.where(known, first, -jnp.inf), jnp.where(known, starts[0], 0)
+    best, last = lax.fori_loop(1, len(rows), step, (initial, first))
     scores, start = better(best, (last, starts[-1]))
     highest = scores.max(axis=0)
     start += group * jnp.arange(lanes)[:, None]

@@ -1,5 +1,6 @@
 """The tokenizer experiments, as a user runs them, interrupts them and goes on."""
 
+import dataclasses
 import json
 import os
 import re
@@ -142,6 +143,13 @@ def test_steps_that_are_never_finite_stop_the_run_and_say_where(tmp_path, monkey
 def test_fsq_levels_make_just_so_many_codes(codes):
     levels = tokenizers.levels_of(codes)
     assert np.prod(levels) == codes and set(levels) <= {4, 8} and levels.count(4) <= 2
+
+
+def test_simvqs_basis_decays_as_the_setting_says():
+    config = dataclasses.replace(simvq_image.preset("smoke", "digits"), basis_decay=0.5)
+    _, choice = tokenizers._parse("simvq:16", config)
+    params = {"basis": [{"kernel": jnp.full((3, 4), -2.0)}]}
+    assert choice.regulariser(params, None, None) == 0.5 * 4
 
 
 def test_a_discriminator_and_convolutions_can_be_asked_for(tmp_path):
