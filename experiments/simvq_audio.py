@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 CARDS = {
     "--preset smoke": Card("not measured", "that it runs"),
-    "--preset cpu": Card("not measured", "not measured"),
+    "--preset cpu": Card("29 min", "SimVQ: 99.9 % of 4,096 codes in use, STOI 0.830; VQ: 17.9 %, STOI 0.812"),
     "--preset paper": Card("not measured; it takes an accelerator", "SimVQ: all codes used"),
 }
 
@@ -212,13 +212,15 @@ def measure(
         if name in each:
             means[f"{name}_clips"] = float(np.mean(~np.isnan(np.concatenate(each[name]))))
     right, before = means.pop("right"), means.pop("right_before")
-    return means | {"kept_accuracy": right / before if before else float("nan"), "acc": right}
+    return means | {"kept_accuracy": right / before if before else float("nan"), "classifier_accuracy": right}
 
 
 def figures(shown: Mapping[str, np.ndarray], rate: int) -> dict[str, "Figure"]:
     """Spectrograms of originals and of what each row made of them, clips [examples, samples]."""
-    rows = {name: np.asarray(spectrograms(jnp.asarray(audio), rate)) for name, audio in shown.items()}
-    low, high = rows["original"].min(), rows["original"].max()
+    inside = np.asarray(sample_mask(jnp.asarray(shown["original"])))  # what comes after a clip means nothing
+    rows = {name: np.asarray(spectrograms(jnp.asarray(audio * inside), rate)) for name, audio in shown.items()}
+    heard = rows["original"][rows["original"] > rows["original"].min()]  # silence lies far below
+    low, high = np.quantile(heard, (0.1, 1.0)) if heard.size else (0.0, 1.0)
     pictures = {name: np.clip((row - low) / (high - low), 0, 1).swapaxes(1, 2)[:, ::-1] for name, row in rows.items()}
     return {
         "Log-mel spectrograms of test clips, and what each quantizer leaves of them (first seed); time to the right": (

@@ -67,7 +67,7 @@ class TokenizerConfig(BaseConfig):
     limit: int | None = None
     """Use only the first so many training examples and a fifth as many test examples."""
     examples: int = 8
-    """Test examples shown in the report."""
+    """Test examples shown in the report, from all over the test set."""
     prior_row: str | None = None
     """Train a masked prior over the tokens of this row, and show in the report what it samples."""
     prior_steps: int = 2000
@@ -224,7 +224,8 @@ class _Row:
         _forget_peak()
         state, history, seconds = self._train()
         began = time.perf_counter()
-        with tqdm(desc=f"{self._name} measured", unit="example", dynamic_ncols=True) as bar:
+        total = len(self._material.train) + len(self._material.test)
+        with tqdm(desc=f"{self._name} measured", total=total, unit="example", dynamic_ncols=True) as bar:
             usage, before = self._usage(state, bar)
             results = usage | self._quality(state, bar)
         results["parameters"] = trees.parameter_count((state.params, state.state))
@@ -270,7 +271,7 @@ class _Row:
                 state, used, told = self._step(jax.random.fold_in(step_key, now), state, used, inputs, mask)
                 record["step"] = now + 1
                 bar.update()
-                if (now + 1) % max(1, config.steps // POINTS) == 0 or now + 1 == config.steps:
+                if (now + 1) * POINTS // config.steps > now * POINTS // config.steps:  # the last step is a point
                     entry = {"step": now + 1} | {name: float(value) for name, value in told.losses.items()}
                     entry["utilisation"] = float(quantize.utilisation(used))
                     entry["perplexity"] = float(quantize.perplexity(used))
@@ -377,15 +378,18 @@ class _Row:
 
     def _quality(self, state: TrainState, bar: "tqdm[Any]") -> dict[str, float]:
         """What `Material.measure` makes of originals and outputs; a few of them are kept for the report."""
-        reconstruct = jax.jit(self._tokenizer.reconstruct)
+        reconstruct, tests = jax.jit(self._tokenizer.reconstruct), len(self._material.test)
 
-        def of(first: int, last: int) -> tuple[Array, Array]:
-            rows = np.arange(first, min(last, len(self._material.test)))
+        def at(rows: np.ndarray) -> tuple[Array, Array]:
             inputs, mask = self._batch(self._material.test, rows)
-            bar.update(len(rows))
             return inputs, reconstruct(state.params, state.state, inputs, mask).outputs
 
-        inputs, outputs = of(0, self._config.examples)
+        def of(first: int, last: int) -> tuple[Array, Array]:
+            rows = np.arange(first, min(last, tests))
+            bar.update(len(rows))
+            return at(rows)
+
+        inputs, outputs = at(np.linspace(0, tests - 1, min(self._config.examples, tests)).astype(int))
         for name, array in (("original", inputs), (self._name, outputs)):
             content = io.BytesIO()
             np.save(content, np.asarray(array), allow_pickle=False)

@@ -13,7 +13,7 @@ Results = Mapping[str, Mapping[str, Mapping[str, Any]]]  # method -> metric -> {
 # Fractions, shown in percent.
 SHARES = (
     *("acc", "forgetting", "bwt", "fwt", "learning_accuracy"),
-    *("utilisation", "kept_accuracy", "stoi_clips", "pesq_clips"),
+    *("utilisation", "classifier_accuracy", "kept_accuracy", "stoi_clips", "pesq_clips"),
 )
 # Of a tokenizer; each in its own unit, to so many decimals.
 DECIMALS = {"perplexity": 0, "psnr": 2, "ssim": 3, "frechet": 2, "mel_distance": 3, "si_sdr": 2, "stoi": 3, "pesq": 2}
