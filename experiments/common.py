@@ -21,7 +21,7 @@ import optax
 import tyro
 from tqdm import tqdm
 
-from jaxcl import continual, data, report
+from jaxcl import continual, data, files, report
 from jaxcl.continual import Checkpoint, Progress, Result, Strategy, Stream, metrics, sharding
 from jaxcl.typing import Key, PyTree, bad_argument, check_at_least, check_choice
 
@@ -240,8 +240,8 @@ class Run:
             }
             out = self._config.out
             report.write_accuracy_csv(out / "accuracy.csv", accuracy, seeds=range(self._config.seeds))
-            report.write_atomic(out / "history.csv", self._history())
-            report.write_atomic(out / "report.html", report.html_report(document, figures))
+            files.write_atomic(out / "history.csv", self._history())
+            files.write_atomic(out / "report.html", report.html_report(document, figures))
             report.write_json(out / "metrics.json", document)  # last: it says that the run is finished
         self._tell(report.results_table(document["results"], document["costs"]))
         self._tell(f"\nWrote {self._config.out}/report.html, metrics.json, config.json, accuracy.csv and history.csv.")

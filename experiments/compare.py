@@ -19,7 +19,7 @@ import numpy as np
 import tyro
 
 from experiments.card import Card
-from jaxcl import report
+from jaxcl import files, report
 from jaxcl.typing import bad_argument
 
 CARDS = {"RUN RUN ...": Card("seconds", "a table, and compare.html with figures and the settings that differ")}
@@ -124,7 +124,7 @@ def main(argv: Sequence[str] | None = None) -> list[list[str]]:
     config = tyro.cli(Config, args=argv, description=__doc__)
     runs = read_runs(config.runs)
     rows, page = table_of(runs), page_of(runs)
-    report.write_atomic(config.out / "compare.html", page)
+    files.write_atomic(config.out / "compare.html", page)
     print(f"{report.legend(results_of(runs, 'results'))}\n\n{report.text_table(rows, names=2)}")
     print(f"Wrote {config.out}/compare.html.")
     return rows

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from experiments.common import BaseConfig, claim_folder, environment, finished_before, over_seeds
 from experiments.token_prior import sampled_tokens
-from jaxcl import quantize, report, tokenizer, trees
+from jaxcl import files, quantize, report, tokenizer, trees
 from jaxcl.continual.checkpoints import Checkpoint, Checkpoints
 from jaxcl.continual.sharding import Layout
 from jaxcl.quantize import Quantizer
@@ -186,8 +186,8 @@ def run(config: TokenizerConfig, experiment: str, material: Material) -> dict[st
     if config.prior_row is not None:
         shown["sampled by a prior"] = _Row(config, material, config.prior_row, *rows[config.prior_row], 0).sampled()
     figures = material.figures(shown) | _curves(histories)
-    report.write_atomic(config.out / "history.csv", _history(histories))
-    report.write_atomic(config.out / "report.html", report.html_report(document, figures))
+    files.write_atomic(config.out / "history.csv", _history(histories))
+    files.write_atomic(config.out / "report.html", report.html_report(document, figures))
     report.write_json(config.out / "metrics.json", document)  # last: it says that the run is finished
     print(report.results_table(results, costs))
     print(f"\nWrote {config.out}/report.html, metrics.json, config.json and history.csv.")
@@ -393,7 +393,7 @@ class _Row:
         for name, array in (("original", inputs), (self._name, outputs)):
             content = io.BytesIO()
             np.save(content, np.asarray(array), allow_pickle=False)
-            report.write_atomic(_examples_path(self._config, name, self._seed), content.getvalue())
+            files.write_atomic(_examples_path(self._config, name, self._seed), content.getvalue())
         return self._material.measure(of)
 
     def _batch(self, of: ArrayLike | RandomAccess, rows: np.ndarray) -> tuple[Array, Array | None]:

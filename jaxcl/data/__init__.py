@@ -6,11 +6,13 @@ with rows to ask for will do (`typing.RandomAccess`), and image folders and data
 """
 
 from jaxcl.data.augment import random_crop, random_flip
+from jaxcl.data.features import compute_features
 from jaxcl.data.folders import image_folder
 from jaxcl.data.hugging_face import from_hugging_face
 from jaxcl.data.normalisation import Statistics, channel_statistics, normalise
 from jaxcl.data.packs import cifar10, cl_text, fsdd, mnist
 from jaxcl.data.sources import Split, digits, flat_features, hold_out, load
+from jaxcl.data.text import tokenize
 from jaxcl.data.tfds import from_tfds
 
 __all__ = [
@@ -19,6 +21,7 @@ __all__ = [
     "channel_statistics",
     "cifar10",
     "cl_text",
+    "compute_features",
     "digits",
     "flat_features",
     "from_hugging_face",
@@ -31,4 +34,5 @@ __all__ = [
     "normalise",
     "random_crop",
     "random_flip",
+    "tokenize",
 ]

@@ -1,7 +1,9 @@
 """Flax Linen networks."""
 
+from jaxcl.nets.bert import BERT, load_bert, mean_over_tokens, minilm_folder
 from jaxcl.nets.discriminators import PatchDiscriminator
 from jaxcl.nets.efficientnet import EfficientNetLite0, efficientnet_lite0_preprocess, load_efficientnet_lite0
+from jaxcl.nets.encoders import FrozenEncoder, efficientnet_lite0_encoder, minilm_encoder
 from jaxcl.nets.image_tokenizer import ConvDecoder, ConvEncoder, PatchDecoder, PatchEncoder
 from jaxcl.nets.mlp import MLP
 from jaxcl.nets.resnet import ResNet18
@@ -9,10 +11,12 @@ from jaxcl.nets.seanet import SEANetDecoder, SEANetEncoder
 from jaxcl.nets.transformer import TokenTransformer
 
 __all__ = [
+    "BERT",
     "MLP",
     "ConvDecoder",
     "ConvEncoder",
     "EfficientNetLite0",
+    "FrozenEncoder",
     "PatchDecoder",
     "PatchDiscriminator",
     "PatchEncoder",
@@ -20,6 +24,11 @@ __all__ = [
     "SEANetDecoder",
     "SEANetEncoder",
     "TokenTransformer",
+    "efficientnet_lite0_encoder",
     "efficientnet_lite0_preprocess",
+    "load_bert",
     "load_efficientnet_lite0",
+    "mean_over_tokens",
+    "minilm_encoder",
+    "minilm_folder",
 ]

