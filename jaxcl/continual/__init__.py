@@ -20,8 +20,11 @@ from jaxcl.continual.strategies import (
     linear_probe,
     lwf,
     naive,
+    nearest_class_mean,
     online_ewc,
+    ridge_classifier,
     si,
+    streaming_lda,
 )
 from jaxcl.continual.streams import Examples, Stream
 
@@ -44,10 +47,13 @@ __all__ = [
     "lwf",
     "metrics",
     "naive",
+    "nearest_class_mean",
     "online_ewc",
+    "ridge_classifier",
     "run",
     "run_seeds",
     "sharding",
     "si",
+    "streaming_lda",
     "streams",
 ]

@@ -1,5 +1,6 @@
 """Continual-learning methods: the contract, and one factory a method."""
 
+from jaxcl.continual.strategies.closed_form import nearest_class_mean, ridge_classifier, streaming_lda
 from jaxcl.continual.strategies.contract import (
     Apply,
     Batch,
@@ -32,8 +33,11 @@ __all__ = [
     "linear_probe",
     "lwf",
     "naive",
+    "nearest_class_mean",
     "online_ewc",
     "predict_by",
+    "ridge_classifier",
     "si",
     "squared_gradients",
+    "streaming_lda",
 ]
