@@ -120,6 +120,47 @@ def test_streams_take_jax_arrays():
         np.testing.assert_array_equal(left.rows, right.rows)
 
 
+# Blurry
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.5])
+def test_blurry_moves_a_share_of_each_task_evenly_to_the_others(share):
+    train, test = examples(600, 6), examples(60, 6, seed=1)
+    key = jax.random.key(0)
+    stream = streams.blurry(key, train, test, classes_per_task=2, share=share)
+    plain = streams.class_incremental(jax.random.split(key)[0], train, test, classes_per_task=2)
+    assert sorted(np.concatenate([part.rows for part in stream.train_sets]).tolist()) == list(range(600))
+    for task, (blurred, own) in enumerate(zip(stream.train_sets, plain.train_sets, strict=True)):
+        stayed = np.isin(blurred.rows, own.rows)
+        assert stayed.sum() == round((1 - share) * 200)
+        for other in plain.train_sets:
+            if other is not own:
+                assert np.isin(blurred.rows, other.rows).sum() == share * 100
+        np.testing.assert_array_equal(blurred.tasks, np.full(len(blurred.rows), task))
+        np.testing.assert_array_equal(stream.test_sets[task].rows, plain.test_sets[task].rows)
+
+
+def test_blurry_depends_on_the_key_alone():
+    def rows(seed):
+        stream = streams.blurry(jax.random.key(seed), *train_and_test(), classes_per_task=2, share=0.4)
+        return [part.rows.tolist() for part in stream.train_sets]
+
+    assert rows(0) == rows(0) != rows(1)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"classes_per_task": 2, "share": 1.1}, "share: got 1.1"),
+        ({"classes_per_task": 6, "share": 0.1}, "tasks: got 1; pass 2 or more"),
+        ({"classes_per_task": 4, "share": 0.1}, "classes_per_task: got 4"),
+    ],
+)
+def test_blurry_checks_its_arguments(options, message):
+    with pytest.raises(ValueError, match=message):
+        streams.blurry(jax.random.key(0), *train_and_test(), **options)
+
+
 # Domain-incremental
 
 

@@ -20,6 +20,7 @@ from jaxcl.typing import (
     RandomAccess,
     bad_argument,
     check_at_least,
+    check_between,
     check_finite,
     check_labels,
     check_rank,
@@ -98,6 +99,45 @@ def task_incremental(
     One output a class of each task, the others left out of the loss and of the answer, is a head a task.
     """
     return _by_class(key, train, test, classes_per_task, told=True)
+
+
+def blurry(key: Key, train: Examples, test: Examples, *, classes_per_task: int | Sequence[int], share: float) -> Stream:
+    """As `class_incremental`, but with no clean borders: a share of each task's training examples comes in others.
+
+    Those examples, drawn at random, are dealt out evenly over the other tasks ("Blurry-M", Bang et al. 2021, where
+    `share` is M / 100). Test sets are those of `class_incremental`.
+
+    Args:
+        key: as in `class_incremental`, and decides which examples come in which task.
+        train: as in `class_incremental`.
+        test: as in `class_incremental`.
+        classes_per_task: as in `class_incremental`; two tasks or more.
+        share: from 0 to 1.
+
+    Raises:
+        ValueError: as `class_incremental`; fewer than two tasks, a share out of range, or a task left without examples.
+    """
+    check_between("share", share, 0, 1)
+    order_key, deal_key = jax.random.split(key)
+    stream = class_incremental(order_key, train, test, classes_per_task=classes_per_task)
+    tasks = len(stream.train_sets)
+    check_at_least("tasks", tasks, 2)
+    rng = np.random.default_rng(np.asarray(jax.random.key_data(deal_key)))
+    parts: list[list[np.ndarray]] = [[] for _ in range(tasks)]
+    for own, selection in enumerate(stream.train_sets):
+        rows = rng.permutation(selection.rows)
+        moved = round(share * len(rows))
+        others = [task for task in range(tasks) if task != own]
+        parts[own].append(rows[moved:])
+        for task, dealt in zip(rng.permutation(others), np.array_split(rows[:moved], tasks - 1), strict=True):
+            parts[task].append(dealt)
+    sets = []
+    for task, of_task in enumerate(parts):
+        rows = np.sort(np.concatenate(of_task))
+        if not len(rows):
+            raise bad_argument("share", share, f"task {task} is left without examples: pass a smaller one")
+        sets.append(Selection(rows, np.full(len(rows), task, np.int32)))
+    return stream._replace(train_sets=tuple(sets))
 
 
 def permuted(key: Key, train: Examples, test: Examples, *, tasks: int) -> Stream:
