@@ -25,7 +25,8 @@ import optax
 
 from experiments import compare
 from experiments.card import Card
-from experiments.common import Run, RunConfig, load_features, parse_command
+from experiments.common import Run, RunConfig, parse_command
+from experiments.features import load_features
 from experiments.keys import train_bottleneck
 from jaxcl import bottleneck, continual, nets
 from jaxcl.continual import Strategy, Stream, streams
@@ -160,7 +161,7 @@ def run(config: Config) -> dict[str, Any]:
                 key_width=config.key_width,
             )  # fmt: skip
             train_bottleneck(
-                run, layer, config.dkvb_learning_rate, tasks, [key[1] for key in keys], run_keys,
+                run, layer, config.dkvb_learning_rate, tasks, [key[1] for key in keys], run_keys, classes=10,
                 key_epochs=config.key_epochs, key_batch_size=config.key_batch_size, **steps,
             )  # fmt: skip
             continue

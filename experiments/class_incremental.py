@@ -1,29 +1,42 @@
-"""Class-incremental learning: naive, joint, linear probe and the key-value bottleneck on one set of streams.
+"""Class-incremental learning: the key-value bottleneck, its baselines and ceilings on one set of streams.
 
 This is the body that `experiments.quickstart` and `experiments.dkvb` give presets to.
 """
 
 import dataclasses
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from experiments.common import Run, RunConfig, load_features
+from experiments.common import Run, RunConfig
+from experiments.features import DataName, EncoderName, load_features
 from experiments.keys import train_bottleneck
 from jaxcl import bottleneck, continual, nets
-from jaxcl.continual import Stream, streams
+from jaxcl.continual import Strategy, Stream, streams
 from jaxcl.typing import Key
+
+Method = Literal[
+    "naive", "linear_probe", "nearest_class_mean", "streaming_lda", "ridge", "dkvb", "joint", "joint_linear_probe"
+]
 
 
 @dataclasses.dataclass(frozen=True)
 class Config(RunConfig):
     """Settings of a class-incremental experiment; the defaults shown are those of the preset."""
 
-    data: Literal["digits", "mnist"] = "digits"
-    """Image set: digits comes with scikit-learn, mnist is read from the folder that JAXCL_DATA names."""
+    data: DataName = "digits"
+    """digits comes with scikit-learn; mnist, cifar10 and the texts agnews and dbpedia lie in the folder that JAXCL_DATA
+    names."""
+    encoder: EncoderName = "pixels"
+    """What features are made by: pixels are raw, efficientnet_lite0 is for cifar10, minilm for texts."""
+    features: Path = Path("runs/features")
+    """Folder that keeps the features of a network, which thus are computed once for all runs."""
+    methods: tuple[Method, ...] = ("naive", "linear_probe", "dkvb", "joint")
+    """Which methods to run."""
     classes_per_task: int = 2
     """New classes in each task."""
     validation: bool = False
@@ -47,6 +60,9 @@ class Config(RunConfig):
     """Key-value bottleneck: of gradient descent on the values; the global norm is clipped to 1."""
     epochs: int = 30
     """Key-value bottleneck: passes over each task."""
+    value_width: int | None = None
+    """Key-value bottleneck: floats of a value, as many as classes if not given. A table larger than the cache trains
+    faster if a value is a cache line, 16."""
 
     hidden: tuple[int, ...] = (64,)
     """Naive and joint training: widths of the hidden layers of the MLP."""
@@ -54,6 +70,10 @@ class Config(RunConfig):
     """Naive, joint and linear probe: of Adam."""
     baseline_epochs: int = 10
     """Naive, joint and linear probe: passes over each task (joint: over all of them together)."""
+    ridge_strength: float = 1.0
+    """Ridge: of the penalty."""
+    lda_shrinkage: float = 1e-4
+    """Streaming LDA: of the covariance."""
     batch_size: int = 32
     """All methods: examples in a step."""
 
@@ -63,17 +83,30 @@ def run(config: Config, *, experiment: str) -> dict[str, Any]:
     run = Run(config, experiment)
     if document := run.finished():
         return document
-    split = load_features(config.data, validation=config.validation, limit=config.limit)
+    split = load_features(
+        config.data, encoder=config.encoder, folder=config.features, validation=config.validation, limit=config.limit
+    )
     keys = [jax.random.split(jax.random.key(seed), 3) for seed in range(config.seeds)]
     tasks = [
         streams.class_incremental(stream_key, *split, classes_per_task=config.classes_per_task)
         for stream_key, _, _ in keys
     ]
     init_keys, run_keys = [key[1] for key in keys], jnp.stack([key[2] for key in keys])
-    _mlp(run, config, "naive", tasks, init_keys, run_keys)
-    _linear_probe(run, config, tasks, run_keys)
-    _bottleneck(run, config, tasks, init_keys, run_keys)
-    _mlp(run, config, "joint", [streams.joint(stream) for stream in tasks], init_keys, run_keys)
+    closed_forms = {
+        "nearest_class_mean": continual.nearest_class_mean(),
+        "streaming_lda": continual.streaming_lda(shrinkage=config.lda_shrinkage),
+        "ridge": continual.ridge_classifier(strength=config.ridge_strength),
+    }
+    for name in config.methods:
+        of_method = [streams.joint(stream) for stream in tasks] if name.startswith("joint") else tasks
+        if name in closed_forms:
+            _closed_form(run, config, name, closed_forms[name], of_method, run_keys)
+        elif name == "dkvb":
+            _bottleneck(run, config, of_method, init_keys, run_keys)
+        elif name.endswith("linear_probe"):
+            _linear_probe(run, config, name, of_method, run_keys)
+        else:
+            _mlp(run, config, name, of_method, init_keys, run_keys)
     return run.finish()
 
 
@@ -87,26 +120,31 @@ def _mlp(run: Run, config: Config, name: str, tasks: Sequence[Stream], init_keys
     )  # fmt: skip
 
 
-def _linear_probe(run: Run, config: Config, tasks: Sequence[Stream], keys: Key) -> None:
+def _linear_probe(run: Run, config: Config, name: str, tasks: Sequence[Stream], keys: Key) -> None:
     classes, width = tasks[0].eligible.shape[1], tasks[0].train.inputs.shape[1]
     params = [{"kernel": jnp.zeros((width, classes)), "bias": jnp.zeros(classes)}] * len(tasks)
     run.train(
-        "linear_probe", continual.linear_probe(), optax.adam(config.baseline_learning_rate), params, tasks, keys,
+        name, continual.linear_probe(), optax.adam(config.baseline_learning_rate), params, tasks, keys,
         epochs=config.baseline_epochs, batch_size=config.batch_size, steps_per_call=64,
     )  # fmt: skip
 
 
+def _closed_form(run: Run, config: Config, name: str, strategy: Strategy, tasks: Sequence[Stream], keys: Key) -> None:
+    run.train(name, strategy, optax.identity(), [()] * len(tasks), tasks, keys, epochs=1, batch_size=config.batch_size)
+
+
 def _bottleneck(run: Run, config: Config, tasks: Sequence[Stream], init_keys: Sequence[Key], keys: Key) -> None:
+    classes = tasks[0].eligible.shape[1]
     layer = bottleneck.discrete_key_value_bottleneck(
         tasks[0].train.inputs.shape[1],
-        tasks[0].eligible.shape[1],
+        config.value_width or classes,
         codebooks=config.codebooks,
         pairs=config.pairs,
         key_width=config.key_width,
         top_k=config.top_k,
     )
     train_bottleneck(
-        run, layer, config.learning_rate, tasks, init_keys, keys,
+        run, layer, config.learning_rate, tasks, init_keys, keys, classes=classes,
         key_epochs=config.key_epochs, key_batch_size=config.key_batch_size,
         epochs=config.epochs, batch_size=config.batch_size, steps_per_call=64,
     )  # fmt: skip

@@ -21,7 +21,7 @@ import optax
 import tyro
 from tqdm import tqdm
 
-from jaxcl import continual, data, files, report
+from jaxcl import continual, files, report
 from jaxcl.continual import Checkpoint, Progress, Result, Strategy, Stream, metrics, sharding
 from jaxcl.typing import Key, PyTree, bad_argument, check_at_least, check_choice
 
@@ -56,8 +56,8 @@ class RunConfig(BaseConfig):
     JAX_NUM_PROCESSES and JAX_PROCESS_ID. All need the same --out; only the first writes results."""
 
 
-# Where a run lies and how it is watched is not what it is.
-_ELSEWHERE = {"out", "checkpoint_seconds", "tensorboard"}
+# Where a run and its features lie and how it is watched is not what it is.
+_ELSEWHERE = {"out", "checkpoint_seconds", "tensorboard", "features"}
 
 
 def parse_command(
@@ -295,19 +295,6 @@ class ProgressBar:
         if kind is None and self._bar.total:
             self._bar.update(self._bar.total - self._bar.n)
         self._bar.close()
-
-
-def load_features(name: Literal["digits", "mnist"], *, validation: bool, limit: int | None) -> data.Split:
-    """Raw pixels as features, of the test set or of a fifth of train held out, and of the first `limit` images only."""
-    split = data.load(name)
-    if validation:
-        split = data.Split(*data.hold_out(split.train, share=0.2))
-    split = data.flat_features(split)
-    if limit is None:
-        return split
-    check_at_least("limit", limit, 1)
-    parts = zip(split, (limit, -(-limit // 5)), strict=True)
-    return data.Split(*(jax.tree.map(lambda leaf: leaf[:count], part) for part, count in parts))  # noqa: B023
 
 
 def _results(results: Sequence[Result]) -> dict[str, Any]:

@@ -9,12 +9,13 @@ rate 0.3, batches of 256, 2,000 epochs a task), published for CIFAR-10 with a fr
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from experiments import class_incremental
 from experiments.card import Card
 from experiments.class_incremental import Config
 from experiments.common import parse_command
+from experiments.features import DataName
 
 CARDS = {
     "--preset smoke": Card("15 s", "that it runs: accuracies after two epochs say nothing"),
@@ -49,7 +50,7 @@ def preset(name: str, data: str) -> Config:
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Runs the experiment; returns what is in metrics.json."""
-    config = parse_command(preset, data=("digits", "mnist"), argv=argv, description=__doc__ or "")
+    config = parse_command(preset, data=get_args(DataName), argv=argv, description=__doc__ or "")
     return class_incremental.run(config, experiment="dkvb")
 
 

@@ -22,6 +22,7 @@ def train_bottleneck(
     init_keys: Sequence[Key],
     keys: Key,
     *,
+    classes: int,
     key_epochs: int,
     key_batch_size: int,
     **steps: Any,
@@ -35,6 +36,7 @@ def train_bottleneck(
         tasks: one stream a seed, of features [N, D].
         init_keys: one a seed; consumed.
         keys: [S], one a seed, for training; consumed.
+        classes: K, which values may be wider than.
         key_epochs: passes over the features.
         key_batch_size: examples in a step of key fitting.
         steps: further arguments of `Run.train`.
@@ -44,7 +46,8 @@ def train_bottleneck(
         run, layer, features, tasks, init_keys, epochs=key_epochs, batch_size=key_batch_size
     )
     tx = bottleneck.sparse_sgd(learning_rate, max_norm=1.0)
-    run.train("dkvb", continual.key_value_bottleneck(layer), tx, params, indexed, keys, stages=stages, **steps)
+    strategy = continual.key_value_bottleneck(layer, classes=classes)
+    run.train("dkvb", strategy, tx, params, indexed, keys, stages=stages, **steps)
 
 
 def _fit_and_look_up(

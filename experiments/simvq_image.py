@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 CARDS = {
-    "--preset smoke": Card("not measured", "that it runs"),
-    "--preset cpu": Card("not measured", "not measured"),
+    "--preset smoke": Card("30 s", "that it runs"),
+    "--preset cpu": Card("1 min", "digits: SimVQ 26.7 dB, 71 % of 1,024 codes; FSQ 27.0 dB, 89 %; VQ 21.3 dB, 3.5 %"),
     "--preset cpu --data cifar10": Card(
         "53 min", "SimVQ: 99.95 % of 65,536 codes in use, 95 % of 262,144; VQ: 0.03 %, 5 dB less; EMA VQ best at 8,192"
     ),
@@ -45,6 +45,7 @@ CPU_ROWS = (
     "vq:65536", "simvq:65536", "simvq:262144",
 )  # fmt: skip
 MEASURED_AT_ONCE = 250  # images
+SMALLEST_FOR_FEATURES = 32  # pixels: the network makes images so many times smaller
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +79,9 @@ def preset(name: Any, data: str) -> Config:
         preset=name, data=data, out=Path(f"runs/simvq_image_{kind}"), seeds=1, patch=2 if small else 4,
         hidden=64 if small else 128, rows=("vq:1024", "fsq:1024", "simvq:1024") if small else CPU_ROWS,
     )  # fmt: skip
+    if small:
+        # Patches of four pixels, many of them alike; chosen on validation (seed 0), where VQ too does better with it.
+        config = dataclasses.replace(config, commitment_weight=3.0, basis_decay=0.0)
     if name == "smoke":
         return dataclasses.replace(config, rows=("vq:64", "simvq:64"), steps=20, limit=200, hidden=32, blocks=1)
     if name == "paper":
@@ -217,7 +221,7 @@ def measure(of: Callable[[int, int], tuple[Array, Array]], count: int) -> dict[s
         outputs = jnp.clip(outputs, -1, 1)
         psnr.append(np.asarray(reconstruction.psnr(outputs, originals, peak=2.0)))
         ssim.append(np.asarray(reconstruction.ssim(outputs, originals, peak=2.0)))
-        if features is not None:
+        if features is not None and min(originals.shape[1:3]) >= SMALLEST_FOR_FEATURES:
             for side, images in enumerate((originals, outputs)):
                 own = reconstruction.feature_statistics(features(images))
                 before = sums[side]
