@@ -1,0 +1,223 @@
+"""Key care: whether a bottleneck's keys still fit what comes in, what to do when they do not, and deleting a class.
+
+Keys are fitted once. When data drift, heads fall far from all keys, and examples that differ fetch the same pairs.
+`check_keys` tells by how much; `care_for_keys` puts free keys where the new heads are, and leaves all else as it was:
+a new key starts with the value of the key that was nearest, so that what is read changes only where learning begins.
+All arrays keep their shapes, so that both can be called in the middle of a jitted stream.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxcl.bottleneck.layer import Bottleneck, KeyState
+from jaxcl.nearest import nearest_codes
+from jaxcl.quantize import perplexity, utilisation
+from jaxcl.typing import Array, ArrayLike, Key, PyTree, check_at_least, check_between
+
+_LEVELS = 65  # of the quantiles that a distribution of distances is kept as
+
+
+class Reference(NamedTuple):
+    """How far heads were from their keys when the keys were fitted."""
+
+    quantiles: Array  # [C, 65], of squared distances, from the least to the greatest
+
+
+class KeyHealth(NamedTuple):
+    """How well keys fit a batch, for each codebook."""
+
+    shift: Array  # [C], from 0 to 1: the largest excess of heads that lie farther than the reference has them
+    far: Array  # [C], the share of heads that are farther out than nearly all of the reference
+    utilisation: Array  # [C], the share of keys in play that were fetched in training
+    perplexity: Array  # [C], of how often each was
+    free: Array  # [C] int32, keys out of play or never fetched in training
+
+
+class KeyPolicy(NamedTuple):
+    """When and how much `care_for_keys` does."""
+
+    shift: float = 0.15  # a codebook whose shift is above this is cared for
+    far: float = 0.99  # heads beyond this quantile of the reference may become keys
+    most: int = 32  # keys a call and codebook
+
+
+class KeyCare(NamedTuple):
+    """What `care_for_keys` did."""
+
+    health: KeyHealth  # before
+    placed: Array  # [C] int32, keys that were put on heads of the batch
+
+
+def reference_distances(bottleneck: Bottleneck, params: PyTree, state: KeyState, features: Array) -> Reference:
+    """The reference that later batches are held against; features [..., D] are those that the keys were fitted to."""
+    distances = bottleneck.distances(params, state, features).reshape(-1, state.usage.shape[0])
+    return Reference(jnp.quantile(distances, jnp.linspace(0, 1, _LEVELS), axis=0).T)
+
+
+def check_keys(
+    bottleneck: Bottleneck,
+    params: PyTree,
+    state: KeyState,
+    reference: Reference,
+    features: Array,
+    *,
+    policy: KeyPolicy = KeyPolicy(),  # noqa: B008  # it does not change
+) -> KeyHealth:
+    """How well the keys fit features [..., D].
+
+    The shift of a codebook is the one-sided Kolmogorov-Smirnov statistic: the largest difference between the share of
+    the reference's distances below a value and the batch's share below it. Chance alone gives some 0.6 / sqrt(batch).
+    """
+    _check(policy)
+    distances = bottleneck.distances(params, state, features).reshape(-1, state.usage.shape[0])
+    return _health(state, reference, distances, policy)
+
+
+def care_for_keys(
+    key: Key,
+    bottleneck: Bottleneck,
+    params: PyTree,
+    state: KeyState,
+    reference: Reference,
+    features: Array,
+    *,
+    policy: KeyPolicy = KeyPolicy(),  # noqa: B008  # it does not change
+) -> tuple[PyTree, KeyState, KeyCare]:
+    """Puts free keys on far heads of the batch, in the codebooks whose shift is above the policy's.
+
+    Free are the keys that are out of play (`spare` of the layer), and, once those are used up, the ones that training
+    never fetched, as `Bottleneck.count_usage` has counted. Heads are drawn with a chance in proportion to their squared
+    distance, as k-means++ does. A new key has the value of the key that was nearest to it, and counts as fetched once.
+    Indices that were looked up before hold no longer: look up anew what is trained or tested on next.
+
+    Args:
+        key: decides which heads become keys; consumed.
+        bottleneck: the layer.
+        params: its values.
+        state: its keys.
+        reference: what `reference_distances` made when keys were fitted.
+        features: [..., D], a batch of what comes in.
+        policy: thresholds.
+
+    Returns:
+        (params, state, what was done).
+
+    Raises:
+        ValueError: a threshold out of range.
+    """
+    _check(policy)
+    codebooks, pairs = state.usage.shape
+    heads = bottleneck.heads(state, features)  # [C, N, W]
+    nearest = bottleneck.lookup(params, state, features)[..., 0].reshape(-1, codebooks).T  # [C, N]
+    distances = bottleneck.distances(params, state, features).reshape(-1, codebooks)
+    health = _health(state, reference, distances, policy)
+    most = min(policy.most, heads.shape[1], pairs)
+    beyond = _quantile(reference, policy.far)
+
+    def place(
+        key: Key, heads: Array, nearest: Array, distances: Array, beyond: Array, due: Array, values: Array,
+        keys: Array, active: Array, usage: Array,
+    ) -> tuple[Array, Array, Array, Array, Array]:  # fmt: skip
+        chance = jnp.where(distances > beyond, jnp.log(jnp.maximum(distances, 1e-30)), -jnp.inf)
+        drawn, rows = jax.lax.top_k(chance + jax.random.gumbel(key, chance.shape), most)
+        # Keys out of play come first, then those never fetched, each in order.
+        free, slots = jax.lax.top_k(jnp.where(active, jnp.where(usage == 0, 1, 0), 2), most)
+        taken = due & jnp.isfinite(drawn) & (free > 0)
+        slots = jnp.where(taken, slots, pairs)  # out of range: dropped
+        return (
+            values.at[slots].set(values[nearest[rows]], mode="drop"),
+            keys.at[slots].set(heads[rows], mode="drop"),
+            active.at[slots].set(True, mode="drop"),
+            usage.at[slots].set(1, mode="drop"),
+            taken.sum(dtype=jnp.int32),
+        )
+
+    values, placed_keys, active, usage, placed = jax.vmap(place)(
+        jax.random.split(key, codebooks), heads, nearest, distances.T, beyond, health.shift > policy.shift,
+        params["values"], state.keys.codebook, state.active, state.usage,
+    )  # fmt: skip
+    state = state._replace(keys=state.keys._replace(codebook=placed_keys), active=active, usage=usage)
+    return params | {"values": values}, state, KeyCare(health, placed)
+
+
+def describe_care(care: KeyCare, *, policy: KeyPolicy = KeyPolicy()) -> list[dict[str, Any]]:  # noqa: B008
+    """What was decided and why, a plain record a codebook: for a log; "placed" is 0 where nothing was done."""
+    records = []
+    for number, (shift, far, free, placed) in enumerate(
+        zip(care.health.shift, care.health.far, care.health.free, care.placed, strict=True)
+    ):
+        if not shift > policy.shift:
+            cause = f"shift {float(shift):.3f} is not above {policy.shift}"
+        elif not int(free):
+            cause = f"shift {float(shift):.3f} is above {policy.shift}, but no key is free"
+        else:
+            cause = f"shift {float(shift):.3f} is above {policy.shift}; {float(far):.1%} of heads are far"
+        records.append({"codebook": number, "placed": int(placed), "free": int(free - placed), "cause": cause})
+    return records
+
+
+def forget_class(
+    params: PyTree, state: KeyState, label: int, indices: ArrayLike, *, share: float = 0.5
+) -> tuple[PyTree, KeyState]:
+    """Removes what the values hold of a class, as far as it can be told from what others learned.
+
+    Pairs of which the class's own training examples made at least `share` of the fetches are reset: value zero, never
+    fetched. In all others the class's entry goes below the others', so that it cannot be the answer. What stays: keys
+    that were fitted to its examples, and in pairs that it shared with other classes, how its examples moved their
+    entries. Someone who has the keys can still see that such features occurred.
+
+    Args:
+        params: values [C, J, V], V counting classes.
+        state: with usage counted over training (`Bottleneck.count_usage`).
+        label: the class.
+        indices: [N, C, top_k], what the class's training examples fetched.
+        share: from above 0 to 1.
+
+    Returns:
+        (params, state).
+
+    Raises:
+        ValueError: a share out of range, or a label that values have no entry for.
+    """
+    values = params["values"]
+    check_between("share", share, 1e-12, 1)
+    check_between("label", label, 0, values.shape[-1] - 1)
+    codebooks, pairs = state.usage.shape
+    fetched = jnp.asarray(indices, jnp.int32).swapaxes(0, 1).reshape(codebooks, -1)
+    own = jax.vmap(lambda row: jnp.bincount(row, length=pairs))(fetched)
+    reset = (own > 0) & (own >= share * state.usage)
+    lowest = values.min(axis=-1) - 1
+    values = jnp.where(reset[..., None], 0, values.at[..., label].set(lowest))
+    usage = jnp.where(reset, 0, jnp.maximum(state.usage - own, 0))
+    return params | {"values": values}, state._replace(usage=usage)
+
+
+def _health(state: KeyState, reference: Reference, distances: Array, policy: KeyPolicy) -> KeyHealth:
+    levels = jnp.linspace(0, 1, _LEVELS)
+    below = jax.vmap(lambda own, edges: jnp.searchsorted(jnp.sort(own), edges, side="right") / len(own))(
+        distances.T, reference.quantiles
+    )
+    in_play = jnp.where(state.active, state.usage, 0)
+    active = jnp.maximum(state.active.sum(axis=1), 1)
+    return KeyHealth(
+        shift=jnp.maximum((levels - below).max(axis=1), 0),
+        far=(distances > _quantile(reference, policy.far)).mean(axis=0),
+        utilisation=(in_play > 0).sum(axis=1) / active,
+        perplexity=jax.vmap(perplexity)(in_play),
+        free=(~state.active | (state.usage == 0)).sum(axis=1, dtype=jnp.int32),
+    )
+
+
+def _quantile(reference: Reference, level: float) -> Array:
+    """[C]."""
+    levels = jnp.linspace(0, 1, _LEVELS)
+    return jax.vmap(lambda quantiles: jnp.interp(level, levels, quantiles))(reference.quantiles)
+
+
+def _check(policy: KeyPolicy) -> None:
+    check_between("policy.shift", policy.shift, 0, 1)
+    check_between("policy.far", policy.far, 0, 1)
+    check_at_least("policy.most", policy.most, 1)
