@@ -72,7 +72,7 @@ def frozen(keys, usage=None, projection=None):
     keys = np.asarray(keys, np.float32)
     averages = quantize.EMAState(keys, np.zeros(keys.shape[:2], np.float32), np.zeros_like(keys))
     usage = np.zeros(keys.shape[:2], np.int32) if usage is None else usage.astype(np.int32)
-    return bn.KeyState(projection, averages, usage)
+    return bn.KeyState(projection, averages, np.ones_like(usage, bool), usage)
 
 
 @functools.cache

@@ -19,8 +19,11 @@ from jaxcl.continual import (
     linear_probe,
     lwf,
     naive,
+    nearest_class_mean,
     online_ewc,
+    ridge_classifier,
     si,
+    streaming_lda,
 )
 
 ROOT = Path(__file__).parent.parent
@@ -446,8 +449,10 @@ MASKED_PRIOR = {
 }
 BOTTLENECK = {
     "init": "key",
+    "heads": "state, features",
     "fit_keys": "key, params, state, features, *, axis_name=None",
     "lookup": "params, state, features, *, used_only=False",
+    "distances": "params, state, features",
     "read": "params, indices",
     "count_usage": "state, indices",
 }
@@ -513,6 +518,9 @@ FACTORIES = {
     "a_gem": (lambda: a_gem(network, **MEMORY), STRATEGY),
     "linear_probe": (linear_probe, STRATEGY),
     "key_value_bottleneck": (lambda: key_value_bottleneck(small_bottleneck()), STRATEGY),
+    "nearest_class_mean": (nearest_class_mean, STRATEGY),
+    "streaming_lda": (streaming_lda, STRATEGY),
+    "ridge_classifier": (ridge_classifier, STRATEGY),
     "key_value_bottleneck, momentum": (lambda: key_value_bottleneck(small_bottleneck(), momentum=0.9), STRATEGY),
 }
 

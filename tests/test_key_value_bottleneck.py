@@ -83,7 +83,7 @@ def recorded_case(name):
     )  # fmt: skip
     keys, unused = recorded["keys"], np.zeros((meta["num_codebooks"], meta["num_pairs"]), np.int32)
     averages = quantize.EMAState(keys, np.zeros(keys.shape[:2]), np.zeros(keys.shape))
-    return recorded, meta, made, bn.KeyState(None, averages, unused)
+    return recorded, meta, made, bn.KeyState(None, averages, np.ones_like(unused, bool), unused)
 
 
 def check_step(recorded, step, found):

@@ -10,11 +10,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jaxcl.bottleneck.layer import Bottleneck, KeyState
-from jaxcl.nearest import nearest_codes
-from jaxcl.quantize import perplexity, utilisation
+from jaxcl.quantize import perplexity
 from jaxcl.typing import Array, ArrayLike, Key, PyTree, check_at_least, check_between
 
 _LEVELS = 65  # of the quantiles that a distribution of distances is kept as
@@ -165,8 +163,8 @@ def forget_class(
     """Removes what the values hold of a class, as far as it can be told from what others learned.
 
     Pairs of which the class's own training examples made at least `share` of the fetches are reset: value zero, never
-    fetched. In all others the class's entry goes below the others', so that it cannot be the answer. What stays: keys
-    that were fitted to its examples, and in pairs that it shared with other classes, how its examples moved their
+    fetched. In all pairs the class's entry then goes below the others, so that it cannot be the answer. What stays:
+    keys that were fitted to its examples, and in pairs that it shared with other classes, how its examples moved their
     entries. Someone who has the keys can still see that such features occurred.
 
     Args:
@@ -189,8 +187,8 @@ def forget_class(
     fetched = jnp.asarray(indices, jnp.int32).swapaxes(0, 1).reshape(codebooks, -1)
     own = jax.vmap(lambda row: jnp.bincount(row, length=pairs))(fetched)
     reset = (own > 0) & (own >= share * state.usage)
-    lowest = values.min(axis=-1) - 1
-    values = jnp.where(reset[..., None], 0, values.at[..., label].set(lowest))
+    values = jnp.where(reset[..., None], 0, values)
+    values = values.at[..., label].set(values.min(axis=-1) - 1)
     usage = jnp.where(reset, 0, jnp.maximum(state.usage - own, 0))
     return params | {"values": values}, state._replace(usage=usage)
 
@@ -206,7 +204,7 @@ def _health(state: KeyState, reference: Reference, distances: Array, policy: Key
         shift=jnp.maximum((levels - below).max(axis=1), 0),
         far=(distances > _quantile(reference, policy.far)).mean(axis=0),
         utilisation=(in_play > 0).sum(axis=1) / active,
-        perplexity=jax.vmap(perplexity)(in_play),
+        perplexity=perplexity(in_play),
         free=(~state.active | (state.usage == 0)).sum(axis=1, dtype=jnp.int32),
     )
 

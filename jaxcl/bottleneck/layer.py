@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxcl.nearest import nearest_codes, nearest_k_codes
+from jaxcl.nearest import nearest_codes, nearest_k_codes, squared_distances
 from jaxcl.quantize import EMAState, draw_replacements, initial_averages, replace_codes, update_averages, usage
 from jaxcl.typing import (
     Array,
@@ -34,6 +34,7 @@ class KeyState(NamedTuple):
 
     projection: Array | None  # [C, D, W], columns of unit length; None where features are cut into chunks
     keys: EMAState  # codebook [C, J, W], counts [C, J], sums [C, J, W]
+    active: Array  # [C, J] bool, keys in play; the others are spare, for `care_for_keys` to wake
     usage: Array  # [C, J] int32, how often each pair was fetched, as far as `count_usage` was told
 
 
@@ -51,8 +52,11 @@ class Bottleneck(NamedTuple):
     """A discrete key-value bottleneck: pure functions over params ``{"values": [C, J, V]}`` and a `KeyState`."""
 
     init: Callable[[Key], tuple[PyTree, KeyState]]  # (key) -> (params, state)
+    heads: Callable[[KeyState, Array], Array]  # (state, features [..., D]) -> [C, N, W], leading axes flattened
     fit_keys: _FitKeys  # (key, params, state, features [..., D], *, axis_name) -> state
     lookup: _Lookup  # (params, state, features [..., D], *, used_only) -> indices [..., C, top_k] int32
+    distances: Callable[[PyTree, KeyState, Array], Array]
+    # (params, state, features [..., D]) -> [..., C], squared, of each head to its nearest key
     read: Callable[[PyTree, Array], Array]  # (params, indices [..., C, top_k]) -> values [..., C, top_k, V]
     count_usage: Callable[[KeyState, Array], KeyState]  # (state, indices [..., C, top_k]) -> state
 
@@ -65,6 +69,7 @@ def discrete_key_value_bottleneck(
     pairs: int = 4096,
     key_width: int = 14,
     top_k: int = 1,
+    spare: int = 0,
     projection: Literal["random", "chunk"] = "random",
     decay: float = 0.95,
     dead_share: float = 0.1,
@@ -76,6 +81,7 @@ def discrete_key_value_bottleneck(
     * `fit_keys` is one unsupervised step on a batch: keys become moving averages of the heads that chose them, and keys
       chosen too rarely are put on heads of the batch. The key of randomness must be equal on all devices of
       `axis_name`. Call it some epochs long, in any order, on features from any source; then leave the keys alone.
+    * `heads` and `distances` tell where features lie, and how far from the keys.
     * `lookup` is the expensive part. `used_only` leaves out pairs whose `usage` is 0. (The authors give such pairs the
       smallest score found in the call, which depends on the batch; here they cannot win against a used one.)
     * `read` fetches values. It is differentiable, and its gradient dense; `continual.key_value_bottleneck` shows how
@@ -93,6 +99,7 @@ def discrete_key_value_bottleneck(
         pairs: J, at most 65,536 so that indices fit 16 bits.
         key_width: W.
         top_k: pairs fetched in each codebook.
+        spare: how many of the J pairs are left out of play until `care_for_keys` wakes them.
         projection: "random" multiplies by a fixed Gaussian matrix with columns of unit length; "chunk" cuts a feature
             of width C * W into C pieces.
         decay: of the keys' moving averages, a step.
@@ -105,16 +112,10 @@ def discrete_key_value_bottleneck(
             give two of them the same head; here heads are distinct.)
 
     Raises:
-        ValueError: a size below 1, more than 65,536 pairs, `top_k` above J, chunks that do not fit, an option unknown;
-            in use, features of another width.
+        ValueError: a size below 1, more than 65,536 pairs, `top_k` above those in play, chunks that do not fit, an
+            option unknown; in use, features of another width.
     """
-    for name, size in (
-        ("feature_width", feature_width), ("value_width", value_width), ("codebooks", codebooks), ("pairs", pairs),
-        ("key_width", key_width), ("top_k", top_k),
-    ):  # fmt: skip
-        check_at_least(name, size, 1)
-    check_between("pairs", pairs, 1, 2**16)
-    check_between("top_k", top_k, 1, pairs)
+    _check_sizes(feature_width, value_width, codebooks, pairs, key_width, top_k, spare)
     check_choice("projection", projection, ("random", "chunk"))
     check_choice("averages", averages, ("sound", "authors"))
     check_between("decay", decay, 0, 1)
@@ -135,7 +136,8 @@ def discrete_key_value_bottleneck(
         if averages == "authors":
             state = state._replace(sums=keys)
         params = {"values": jnp.zeros((codebooks, pairs, value_width))}
-        return params, KeyState(matrix, state, jnp.zeros((codebooks, pairs), jnp.int32))
+        active = jnp.broadcast_to(jnp.arange(pairs) < pairs - spare, (codebooks, pairs))
+        return params, KeyState(matrix, state, active, jnp.zeros((codebooks, pairs), jnp.int32))
 
     def heads(state: KeyState, features: Array) -> Array:
         """[C, N, W] from features [..., D]."""
@@ -149,7 +151,7 @@ def discrete_key_value_bottleneck(
         key: Key, params: PyTree, state: KeyState, features: Array, *, axis_name: str | None = None
     ) -> KeyState:
         points = heads(state, features)
-        indices = _each_codebook(nearest_codes, points, state.keys.codebook)
+        indices = _each_codebook(_nearest, points, state.keys.codebook, state.active)
         epsilon = 0.0 if averages == "sound" else 1e-5
 
         def update(averages: EMAState, x: Array, indices: Array) -> EMAState:
@@ -157,19 +159,25 @@ def discrete_key_value_bottleneck(
 
         fitted = jax.vmap(update)(state.keys, points, indices)
         if dead_share > 0:
-            fitted = _replace_dead(key, fitted, points, dead_share, averages, axis_name)
+            fitted = _replace_dead(key, fitted, state.active, points, dead_share, averages, axis_name)
         return state._replace(keys=fitted)
 
     def lookup(params: PyTree, state: KeyState, features: Array, *, used_only: bool = False) -> Array:
-        eligible = state.usage > 0 if used_only else jnp.ones((codebooks, pairs), bool)
+        eligible = state.active & (state.usage > 0) if used_only else state.active
 
         def search(x: Array, codebook: Array, eligible: Array) -> Array:
             if top_k == 1:
-                return nearest_codes(x, codebook, eligible=eligible)[:, None]
+                return _nearest(x, codebook, eligible)[:, None]
             return nearest_k_codes(x, codebook, top_k, eligible=eligible)
 
         indices = _each_codebook(search, heads(state, features), state.keys.codebook, eligible)
         return indices.swapaxes(0, 1).reshape(*features.shape[:-1], codebooks, top_k)
+
+    def distances(params: PyTree, state: KeyState, features: Array) -> Array:
+        points = heads(state, features)
+        indices = _each_codebook(_nearest, points, state.keys.codebook, state.active)
+        keys = jax.vmap(lambda codebook, rows: codebook[rows])(state.keys.codebook, indices)
+        return squared_distances(points, keys).T.reshape(*features.shape[:-1], codebooks)
 
     def read(params: PyTree, indices: Array) -> Array:
         if indices.ndim < 2 or indices.shape[-2] != codebooks:
@@ -182,18 +190,32 @@ def discrete_key_value_bottleneck(
         counts = jax.vmap(lambda fetched: usage(fetched, pairs), in_axes=-2)(indices)
         return state._replace(usage=state.usage + counts)
 
-    return Bottleneck(init, fit_keys, lookup, read, count_usage)
+    return Bottleneck(init, heads, fit_keys, lookup, distances, read, count_usage)
+
+
+def _check_sizes(
+    feature_width: int, value_width: int, codebooks: int, pairs: int, key_width: int, top_k: int, spare: int
+) -> None:
+    for name, size in (
+        ("feature_width", feature_width), ("value_width", value_width), ("codebooks", codebooks), ("pairs", pairs),
+        ("key_width", key_width), ("top_k", top_k),
+    ):  # fmt: skip
+        check_at_least(name, size, 1)
+    check_between("pairs", pairs, 1, 2**16)
+    check_between("spare", spare, 0, pairs - 1)
+    check_between("top_k", top_k, 1, pairs - spare)
 
 
 def _replace_dead(
-    key: Key, keys: EMAState, points: Array, share: float, averages: str, axis_name: str | None
+    key: Key, keys: EMAState, active: Array, points: Array, share: float, averages: str, axis_name: str | None
 ) -> EMAState:
-    """Puts keys [C, J, W] whose count is under `share` of an even load on heads [C, N, W] of the batch."""
-    even_load = keys.counts.mean(axis=1)  # of the averages, which take many steps to reach the batch's
+    """Puts active keys [C, J, W] whose count is under `share` of an even load on heads [C, N, W] of the batch."""
+    in_play = active.sum(axis=1)
+    even_load = keys.counts.sum(axis=1) / in_play  # of the averages, which take many steps to reach the batch's
     if averages == "authors":
         batch = points.shape[1] * (1 if axis_name is None else lax.axis_size(axis_name))
-        even_load = jnp.full_like(even_load, batch / keys.counts.shape[1])
-    dead = keys.counts < share * even_load[:, None]
+        even_load = batch / in_play
+    dead = active & (keys.counts < share * even_load[:, None])
     rows, dead = jax.vmap(lambda x, dead: draw_replacements(key, x, dead, axis_name=axis_name))(points, dead)
     if averages == "authors":
         return keys._replace(codebook=jnp.where(dead[..., None], rows, keys.codebook))
@@ -236,6 +258,10 @@ def vote(values: Array) -> Array:
     if values.ndim < 3:
         check_rank("values", values, 3)
     return values.sum(axis=-2).mean(axis=-2)
+
+
+def _nearest(x: Array, codebook: Array, eligible: Array) -> Array:
+    return nearest_codes(x, codebook, eligible=eligible)
 
 
 def _each_codebook(search: Callable[..., Array], *args: Array) -> Array:

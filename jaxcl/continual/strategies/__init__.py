@@ -11,7 +11,12 @@ from jaxcl.continual.strategies.contract import (
     gradients_of,
     predict_by,
 )
-from jaxcl.continual.strategies.key_value import Momentum, key_value_bottleneck
+from jaxcl.continual.strategies.key_value import (
+    CaredKeys,
+    Momentum,
+    cared_key_value_bottleneck,
+    key_value_bottleneck,
+)
 from jaxcl.continual.strategies.regularisation import ewc, lwf, online_ewc, si, squared_gradients
 from jaxcl.continual.strategies.replay import a_gem, der_plus_plus, er
 from jaxcl.continual.strategies.sequential import linear_probe, naive
@@ -19,10 +24,12 @@ from jaxcl.continual.strategies.sequential import linear_probe, naive
 __all__ = [
     "Apply",
     "Batch",
+    "CaredKeys",
     "Metrics",
     "Momentum",
     "Strategy",
     "a_gem",
+    "cared_key_value_bottleneck",
     "cross_entropy",
     "der_plus_plus",
     "does_nothing",

@@ -5,10 +5,18 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxcl.bottleneck import Bottleneck, pair_numbers, vote
+from jaxcl.bottleneck import (
+    Bottleneck,
+    KeyPolicy,
+    KeyState,
+    Reference,
+    care_for_keys,
+    pair_numbers,
+    vote,
+)
 from jaxcl.continual.strategies.contract import Batch, Metrics, Strategy, cross_entropy
 from jaxcl.trees import Rows
-from jaxcl.typing import Array, Key, PyTree, check_between
+from jaxcl.typing import Array, Key, PyTree, check_at_least, check_between
 
 
 class Momentum(NamedTuple):
@@ -17,6 +25,16 @@ class Momentum(NamedTuple):
     velocity: Array  # [C, J, V], as of the step a pair was last fetched
     touched: Array  # [C, J] int32, that step
     step: Array  # [] int32, steps taken
+
+
+class CaredKeys(NamedTuple):
+    """Keys that are cared for while values learn."""
+
+    keys: KeyState  # its usage counts what training fetched
+    reference: Reference
+    shift: Array  # [C], as of the last refresh
+    placed: Array  # [C] int32, keys placed so far
+    values: PyTree  # what `key_value_bottleneck` keeps
 
 
 def key_value_bottleneck(
@@ -92,3 +110,59 @@ def key_value_bottleneck(
         return answer(fetch(params, state, inputs))
 
     return Strategy(gradients, predict, init, after_update=after_update)
+
+
+def cared_key_value_bottleneck(
+    bottleneck: Bottleneck,
+    keys: KeyState,
+    reference: Reference,
+    *,
+    refresh_every: int,
+    policy: KeyPolicy = KeyPolicy(),  # noqa: B008  # it does not change
+    classes: int | None = None,
+    label_smoothing: float = 0.1,
+) -> Strategy:
+    """As `key_value_bottleneck`, but on features, and with `bottleneck.care_for_keys` as data drift.
+
+    Inputs are features [B, D]: as keys may be placed, indices are looked up in every step, which costs far more than
+    the step. What training fetches is counted, and every so many steps the last batch is held against the reference.
+
+    Args:
+        bottleneck: what `bottleneck.discrete_key_value_bottleneck` made.
+        keys: fitted.
+        reference: what `bottleneck.reference_distances` made when they were.
+        refresh_every: steps from one check of the keys to the next; 0 never cares.
+        policy: see `bottleneck.care_for_keys`.
+        classes: as in `key_value_bottleneck`.
+        label_smoothing: as in `key_value_bottleneck`.
+    """
+    check_at_least("refresh_every", refresh_every, 0)
+    inner = key_value_bottleneck(bottleneck, classes=classes, label_smoothing=label_smoothing)
+
+    def fetched(params: PyTree, state: CaredKeys, batch: Batch) -> Batch:
+        return batch._replace(inputs=bottleneck.lookup(params, state.keys, batch.inputs))
+
+    def init(key: Key, params: PyTree, batch: Batch) -> CaredKeys:
+        none = jnp.zeros(keys.usage.shape[:1])
+        return CaredKeys(keys, reference, none, none.astype(jnp.int32), inner.init(key, params, batch))
+
+    def gradients(key: Key, params: PyTree, state: CaredKeys, batch: Batch) -> tuple[PyTree, Metrics]:
+        return inner.gradients(key, params, state.values, fetched(params, state, batch))
+
+    def after_update(
+        key: Key, params: PyTree, state: CaredKeys, batch: Batch, grads: PyTree, updates: PyTree
+    ) -> tuple[PyTree, CaredKeys]:
+        indices = fetched(params, state, batch).inputs
+        real = jnp.where(batch.weights[:, None, None] > 0, indices, -1)  # rows that only fill up do not count
+        return updates, state._replace(keys=bottleneck.count_usage(state.keys, real))
+
+    def refresh(key: Key, params: PyTree, state: CaredKeys, batch: Batch) -> tuple[PyTree, CaredKeys]:
+        params, cared, care = care_for_keys(
+            key, bottleneck, params, state.keys, state.reference, batch.inputs, policy=policy
+        )
+        return params, state._replace(keys=cared, shift=care.health.shift, placed=state.placed + care.placed)
+
+    def predict(params: PyTree, state: CaredKeys, inputs: Array, task: Array | None) -> Array:
+        return inner.predict(params, state.values, bottleneck.lookup(params, state.keys, inputs), task)
+
+    return Strategy(gradients, predict, init, after_update=after_update, refresh=refresh, refresh_every=refresh_every)
