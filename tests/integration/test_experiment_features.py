@@ -1,0 +1,46 @@
+"""Features for experiments: rows stay with their labels, and an encoder that does not fit is named."""
+
+import numpy as np
+import pytest
+
+from experiments import features
+from jaxcl import data, nets
+from jaxcl.continual import Examples
+
+
+def test_texts_of_any_length_keep_their_place(tmp_path):
+    """They are encoded in the order of their lengths."""
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(1, 9, 40)
+    tokens = np.where(np.arange(8) < lengths[:, None], rng.integers(1, 50, (40, 8)), 0).astype(np.int32)
+    seen = []
+
+    def apply(params, batch):
+        seen.append(batch)
+        return batch.astype(np.float32).sum(axis=1, keepdims=True)
+
+    encoder = nets.FrozenEncoder("sums", {}, apply, 10)
+    encoded = features._encoded(encoder, Examples(tokens, np.arange(40)), tmp_path)
+    np.testing.assert_array_equal(encoded.inputs[:, 0], tokens.sum(axis=1))
+    np.testing.assert_array_equal(encoded.labels, np.arange(40))
+    used = (np.concatenate(seen) != 0).sum(axis=1)
+    assert (np.diff(used) >= 0).all()
+
+
+def test_pixels_are_cut_as_asked():
+    whole = features.load_features("digits")
+    assert whole.train.inputs.shape[1] == 64 and float(whole.train.inputs.max()) == 1
+    few = features.load_features("digits", limit=100)
+    assert [len(part.labels) for part in few] == [100, 20]
+    held_out = features.load_features("digits", limit=100, validation=True)
+    assert sum(len(part.labels) for part in held_out) == 100
+    np.testing.assert_array_equal(few.train.inputs, data.flat_features(data.digits()).train.inputs[:100])
+
+
+@pytest.mark.parametrize(
+    ("name", "encoder"),
+    [("agnews", "pixels"), ("digits", "minilm"), ("cifar10", "minilm"), ("mnist", "efficientnet_lite0")],
+)
+def test_an_encoder_that_does_not_fit_is_refused(name, encoder):
+    with pytest.raises(ValueError, match=f"encoder: got .*{encoder}.*; pixels goes with images"):
+        features.load_features(name, encoder=encoder)
