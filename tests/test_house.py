@@ -450,6 +450,7 @@ MASKED_PRIOR = {
 BOTTLENECK = {
     "init": "key",
     "heads": "state, features",
+    "place": "key, params, state, features, *, iterations=0, axis_name=None",
     "fit_keys": "key, params, state, features, *, axis_name=None",
     "lookup": "params, state, features, *, used_only=False",
     "distances": "params, state, features",

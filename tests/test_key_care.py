@@ -10,7 +10,7 @@ from helpers import assert_close
 from scipy import stats
 
 from jaxcl import bottleneck as bn
-from jaxcl import continual
+from jaxcl import continual, quantize
 from jaxcl.continual import Examples, streams
 
 CODEBOOKS, PAIRS, WIDTH, SPARE, CLASSES = 3, 24, 4, 8, 5
@@ -69,6 +69,32 @@ def test_spare_keys_change_nothing_for_the_others():
 
     first = jax.random.normal(jax.random.key(9), (CODEBOOKS, PAIRS, WIDTH))
     assert_close(keys(PAIRS, SPARE)[:, : PAIRS - SPARE], keys(PAIRS - SPARE, 0), 1e-5)
+
+
+# Placing keys
+
+
+@pytest.mark.parametrize("iterations", [0, 4])
+def test_keys_are_placed_as_each_codebook_would_be(iterations):
+    layer, params, state, _, features = fitted()
+    key, in_play = jax.random.key(11), PAIRS - SPARE
+    placed = jax.jit(functools.partial(layer.place, iterations=iterations))(key, params, state, features)
+    heads = layer.heads(state, features)
+    for c, own in enumerate(jax.random.split(key, CODEBOOKS)):
+        before = state.keys.codebook[c, :in_play]
+        expected = quantize.place_codes(own, before, heads[c], iterations=iterations, metric="euclidean")
+        assert_close(placed.keys.codebook[c, :in_play], expected, 1e-5)
+    np.testing.assert_array_equal(placed.keys.codebook[:, in_play:], state.keys.codebook[:, in_play:])
+    assert not placed.keys.counts.any() and not placed.keys.sums.any()
+
+
+def test_k_means_brings_keys_nearer():
+    layer, params, state, _, features = fitted()
+    means = []
+    for iterations in (0, 1, 8):
+        placed = layer.place(jax.random.key(12), params, state, features, iterations=iterations)
+        means.append(float(layer.distances(params, placed, features).mean()))
+    assert means[0] > means[1] > means[2]
 
 
 # Health

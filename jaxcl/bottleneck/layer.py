@@ -15,7 +15,15 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxcl.nearest import nearest_codes, nearest_k_codes, squared_distances
-from jaxcl.quantize import EMAState, draw_replacements, initial_averages, replace_codes, update_averages, usage
+from jaxcl.quantize import (
+    EMAState,
+    draw_replacements,
+    initial_averages,
+    place_codes,
+    replace_codes,
+    update_averages,
+    usage,
+)
 from jaxcl.typing import (
     Array,
     Key,
@@ -38,6 +46,19 @@ class KeyState(NamedTuple):
     usage: Array  # [C, J] int32, how often each pair was fetched, as far as `count_usage` was told
 
 
+class _Place(Protocol):
+    def __call__(
+        self,
+        key: Key,
+        params: PyTree,
+        state: KeyState,
+        features: Array,
+        *,
+        iterations: int = 0,
+        axis_name: str | None = None,
+    ) -> KeyState: ...
+
+
 class _FitKeys(Protocol):
     def __call__(
         self, key: Key, params: PyTree, state: KeyState, features: Array, *, axis_name: str | None = None
@@ -53,6 +74,7 @@ class Bottleneck(NamedTuple):
 
     init: Callable[[Key], tuple[PyTree, KeyState]]  # (key) -> (params, state)
     heads: Callable[[KeyState, Array], Array]  # (state, features [..., D]) -> [C, N, W], leading axes flattened
+    place: _Place  # (key, params, state, features [..., D], *, iterations, axis_name) -> state
     fit_keys: _FitKeys  # (key, params, state, features [..., D], *, axis_name) -> state
     lookup: _Lookup  # (params, state, features [..., D], *, used_only) -> indices [..., C, top_k] int32
     distances: Callable[[PyTree, KeyState, Array], Array]
@@ -78,6 +100,8 @@ def discrete_key_value_bottleneck(
     """The bottleneck of Träuble et al. 2023; the defaults are the published ones for CIFAR-10.
 
     * `init` draws the projection and N(0, 1) keys and sets the values to zero.
+    * `place` puts keys on distinct heads, chosen at random, and moves them by k-means over all of these features at
+      once, so many iterations long; it can stand in for `fit_keys`, or come before it.
     * `fit_keys` is one unsupervised step on a batch: keys become moving averages of the heads that chose them, and keys
       chosen too rarely are put on heads of the batch. The key of randomness must be equal on all devices of
       `axis_name`. Call it some epochs long, in any order, on features from any source; then leave the keys alone.
@@ -115,15 +139,10 @@ def discrete_key_value_bottleneck(
         ValueError: a size below 1, more than 65,536 pairs, `top_k` above those in play, chunks that do not fit, an
             option unknown; in use, features of another width.
     """
-    _check_sizes(feature_width, value_width, codebooks, pairs, key_width, top_k, spare)
-    check_choice("projection", projection, ("random", "chunk"))
+    _check_sizes(feature_width, value_width, codebooks, pairs, key_width, top_k, spare, projection)
     check_choice("averages", averages, ("sound", "authors"))
     check_between("decay", decay, 0, 1)
     check_between("dead_share", dead_share, 0, 1)
-    if projection == "chunk" and feature_width != codebooks * key_width:
-        raise bad_argument(
-            "feature_width", feature_width, f"chunks need codebooks * key_width = {codebooks * key_width} features"
-        )
 
     def init(key: Key) -> tuple[PyTree, KeyState]:
         projection_key, keys_key = jax.random.split(key)
@@ -146,6 +165,18 @@ def discrete_key_value_bottleneck(
         if state.projection is None:
             return flat.reshape(-1, codebooks, key_width).swapaxes(0, 1)
         return jnp.einsum("nd,cdw->cnw", flat, state.projection, precision=lax.Precision.HIGHEST)
+
+    def place(
+        key: Key,
+        params: PyTree,
+        state: KeyState,
+        features: Array,
+        *,
+        iterations: int = 0,
+        axis_name: str | None = None,
+    ) -> KeyState:
+        placed = _place_keys(key, state.keys, heads(state, features), pairs - spare, iterations, axis_name)
+        return state._replace(keys=placed)
 
     def fit_keys(
         key: Key, params: PyTree, state: KeyState, features: Array, *, axis_name: str | None = None
@@ -190,11 +221,32 @@ def discrete_key_value_bottleneck(
         counts = jax.vmap(lambda fetched: usage(fetched, pairs), in_axes=-2)(indices)
         return state._replace(usage=state.usage + counts)
 
-    return Bottleneck(init, heads, fit_keys, lookup, distances, read, count_usage)
+    return Bottleneck(init, heads, place, fit_keys, lookup, distances, read, count_usage)
+
+
+def _place_keys(
+    key: Key, keys: EMAState, points: Array, in_play: int, iterations: int, axis_name: str | None
+) -> EMAState:
+    """The first `in_play` keys of each codebook [C, J, W] on heads [C, N, W], and averages that begin anew."""
+
+    def place(key: Key, codebook: Array, points: Array) -> Array:
+        return place_codes(key, codebook, points, iterations=iterations, metric="euclidean", axis_name=axis_name)
+
+    own_keys = jax.random.split(key, len(points))
+    placed = _each_codebook(place, own_keys, keys.codebook[:, :in_play], points)
+    codebook = jnp.concatenate([placed, keys.codebook[:, in_play:]], axis=1)
+    return jax.vmap(lambda codebook: initial_averages(codebook, 0.0))(codebook)
 
 
 def _check_sizes(
-    feature_width: int, value_width: int, codebooks: int, pairs: int, key_width: int, top_k: int, spare: int
+    feature_width: int,
+    value_width: int,
+    codebooks: int,
+    pairs: int,
+    key_width: int,
+    top_k: int,
+    spare: int,
+    projection: str,
 ) -> None:
     for name, size in (
         ("feature_width", feature_width), ("value_width", value_width), ("codebooks", codebooks), ("pairs", pairs),
@@ -204,6 +256,11 @@ def _check_sizes(
     check_between("pairs", pairs, 1, 2**16)
     check_between("spare", spare, 0, pairs - 1)
     check_between("top_k", top_k, 1, pairs - spare)
+    check_choice("projection", projection, ("random", "chunk"))
+    if projection == "chunk" and feature_width != codebooks * key_width:
+        raise bad_argument(
+            "feature_width", feature_width, f"chunks need codebooks * key_width = {codebooks * key_width} features"
+        )
 
 
 def _replace_dead(
