@@ -49,25 +49,33 @@ def load_features(
         split = data.Split(*(jax.tree.map(lambda leaf: leaf[:count], part) for part, count in parts))  # noqa: B023
     if encoder == "pixels":
         split = data.flat_features(split)
+    elif encoder == "minilm":
+        network = nets.minilm_encoder()
+        split = data.Split(*(_encoded(network, _by_length(part), folder) for part in split))
     else:
-        network = nets.minilm_encoder() if encoder == "minilm" else nets.efficientnet_lite0_encoder()
+        network = nets.efficientnet_lite0_encoder()
         split = data.Split(*(_encoded(network, part, folder) for part in split))
     return data.Split(*data.hold_out(split.train, share=0.2)) if validation else split
 
 
 def _texts(name: str) -> data.Split:
-    """Tokens [N, T] of texts, T being that of the longest, 128 at most."""
+    """Tokens [N, 128] of texts."""
     tokenizer = nets.minilm_folder() / "tokenizer.json"
-    parts = [(data.tokenize(part.texts, tokenizer, length=TOKENS), part.labels) for part in data.cl_text(name)]
-    return data.Split(*(Examples(tokens[:, : tokens.any(axis=0).sum()], labels) for tokens, labels in parts))
+    return data.Split(
+        *(Examples(data.tokenize(part.texts, tokenizer, length=TOKENS), part.labels) for part in data.cl_text(name))
+    )
+
+
+def _by_length(examples: Examples) -> Examples:
+    """The examples in the order of their lengths in tokens, in which batches waste the least."""
+    tokens, labels = (np.asarray(part) for part in examples)
+    order = np.argsort((tokens != 0).sum(axis=1), kind="stable")
+    return Examples(tokens[order], labels[order])
 
 
 def _encoded(encoder: FrozenEncoder, examples: Examples, folder: Path) -> Examples:
-    """Features of the examples; texts are encoded in the order of their lengths, which wastes the least."""
-    inputs, order = examples.inputs, np.arange(len(examples.labels))
-    if np.issubdtype(inputs.dtype, np.int32):
-        order = np.argsort((np.asarray(inputs) != 0).sum(axis=1), kind="stable")
-        inputs = np.asarray(inputs)[order]
     with tqdm(desc=f"features, {encoder.name}", total=len(examples.labels), unit="example", dynamic_ncols=True) as bar:
-        features = data.compute_features(encoder, inputs, folder=folder, callback=lambda done: bar.update(done - bar.n))
-    return examples._replace(inputs=np.asarray(features)[np.argsort(order)])
+        features = data.compute_features(
+            encoder, examples.inputs, folder=folder, callback=lambda done: bar.update(done - bar.n)
+        )
+    return examples._replace(inputs=np.asarray(features))

@@ -453,7 +453,7 @@ BOTTLENECK = {
     "place": "key, params, state, features, *, iterations=0, axis_name=None",
     "fit_keys": "key, params, state, features, *, axis_name=None",
     "lookup": "params, state, features, *, used_only=False",
-    "distances": "params, state, features",
+    "distances": "state, features, indices",
     "read": "params, indices",
     "count_usage": "state, indices",
 }

@@ -43,6 +43,10 @@ def drifted(count=200):
     return 6 + jax.random.normal(jax.random.key(4), (count, FEATURES))
 
 
+def distances_of(layer, params, state, features):
+    return np.asarray(layer.distances(state, features, layer.lookup(params, state, features)))
+
+
 # Spare keys
 
 
@@ -93,7 +97,7 @@ def test_k_means_brings_keys_nearer():
     means = []
     for iterations in (0, 1, 8):
         placed = layer.place(jax.random.key(12), params, state, features, iterations=iterations)
-        means.append(float(layer.distances(params, placed, features).mean()))
+        means.append(float(distances_of(layer, params, placed, features).mean()))
     assert means[0] > means[1] > means[2]
 
 
@@ -105,7 +109,7 @@ def test_distances_are_those_to_the_nearest_active_key():
     heads = np.asarray(features).reshape(-1, CODEBOOKS, WIDTH)
     keys = np.asarray(state.keys.codebook)[:, : PAIRS - SPARE]
     expected = ((heads[:, :, None] - keys) ** 2).sum(axis=-1).min(axis=-1)
-    assert_close(layer.distances(params, state, features), expected, 1e-5)
+    assert_close(distances_of(layer, params, state, features), expected, 1e-5)
 
 
 @pytest.mark.parametrize(("scale", "offset"), [(1.0, 0.0), (1.0, 0.7), (2.0, 0.0), (0.5, 0.0)])
@@ -113,7 +117,7 @@ def test_the_shift_is_the_one_sided_kolmogorov_smirnov_statistic(scale, offset):
     layer, params, state, reference, features = fitted()
     batch = offset + scale * jax.random.normal(jax.random.key(5), (300, FEATURES))
     health = bn.check_keys(layer, params, state, reference, batch)
-    before, now = (np.asarray(layer.distances(params, state, x)) for x in (features, batch))
+    before, now = (distances_of(layer, params, state, x) for x in (features, batch))
     expected = [
         stats.ks_2samp(before[:, c], now[:, c], alternative="greater", method="asymp").statistic
         for c in range(CODEBOOKS)
@@ -154,6 +158,9 @@ def test_spare_keys_wake_on_far_heads_with_the_values_of_the_nearest():
             (row,) = np.flatnonzero((heads[:, c] == cared.keys.codebook[c, slot]).all(axis=1))
             np.testing.assert_array_equal(cared_params["values"][c, slot], params["values"][c, nearest[row, c]])
             assert int(cared.usage[c, slot]) == 1
+            load = float(state.keys.counts[c].sum() / (PAIRS - SPARE))
+            assert float(cared.keys.counts[c, slot]) == pytest.approx(load, rel=1e-5)
+            assert_close(cared.keys.sums[c, slot], load * cared.keys.codebook[c, slot], 1e-5)
     # All else is as it was, and so is what old examples fetch.
     np.testing.assert_array_equal(cared.keys.codebook[:, : PAIRS - SPARE], state.keys.codebook[:, : PAIRS - SPARE])
     np.testing.assert_array_equal(cared_params["values"][:, : PAIRS - SPARE], params["values"][:, : PAIRS - SPARE])

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxcl.bottleneck.layer import Bottleneck, KeyState
-from jaxcl.quantize import perplexity
+from jaxcl.quantize import perplexity, replace_codes
 from jaxcl.typing import Array, ArrayLike, Key, PyTree, check_at_least, check_between
 
 _LEVELS = 65  # of the quantiles that a distribution of distances is kept as
@@ -51,7 +51,7 @@ class KeyCare(NamedTuple):
 
 def reference_distances(bottleneck: Bottleneck, params: PyTree, state: KeyState, features: Array) -> Reference:
     """The reference that later batches are held against; features [..., D] are those that the keys were fitted to."""
-    distances = bottleneck.distances(params, state, features).reshape(-1, state.usage.shape[0])
+    _, distances = _nearest(bottleneck, params, state, features)
     return Reference(jnp.quantile(distances, jnp.linspace(0, 1, _LEVELS), axis=0).T)
 
 
@@ -70,7 +70,7 @@ def check_keys(
     the reference's distances below a value and the batch's share below it. Chance alone gives some 0.6 / sqrt(batch).
     """
     _check(policy)
-    distances = bottleneck.distances(params, state, features).reshape(-1, state.usage.shape[0])
+    _, distances = _nearest(bottleneck, params, state, features)
     return _health(state, reference, distances, policy)
 
 
@@ -88,7 +88,8 @@ def care_for_keys(
 
     Free are the keys that are out of play (`spare` of the layer), and, once those are used up, the ones that training
     never fetched, as `Bottleneck.count_usage` has counted. Heads are drawn with a chance in proportion to their squared
-    distance, as k-means++ does. A new key has the value of the key that was nearest to it, and counts as fetched once.
+    distance, as k-means++ does. A new key has the value of the key that was nearest to it, averages of an even load as
+    `fit_keys` gives a key that it replaces, and counts as fetched once.
     Indices that were looked up before hold no longer: look up anew what is trained or tested on next.
 
     Args:
@@ -109,36 +110,35 @@ def care_for_keys(
     _check(policy)
     codebooks, pairs = state.usage.shape
     heads = bottleneck.heads(state, features)  # [C, N, W]
-    nearest = bottleneck.lookup(params, state, features)[..., 0].reshape(-1, codebooks).T  # [C, N]
-    distances = bottleneck.distances(params, state, features).reshape(-1, codebooks)
+    nearest, distances = _nearest(bottleneck, params, state, features)
     health = _health(state, reference, distances, policy)
     most = min(policy.most, heads.shape[1], pairs)
-    beyond = _quantile(reference, policy.far)
 
-    def place(
-        key: Key, heads: Array, nearest: Array, distances: Array, beyond: Array, due: Array, values: Array,
-        keys: Array, active: Array, usage: Array,
-    ) -> tuple[Array, Array, Array, Array, Array]:  # fmt: skip
-        chance = jnp.where(distances > beyond, jnp.log(jnp.maximum(distances, 1e-30)), -jnp.inf)
+    def choose(key: Key, distances: Array, far: Array, due: Array, active: Array, usage: Array) -> tuple[Array, Array]:
+        """Which keys are put on a head [J] bool, and on which head [J]."""
+        chance = jnp.where(distances > far, jnp.log(jnp.maximum(distances, 1e-30)), -jnp.inf)
         drawn, rows = jax.lax.top_k(chance + jax.random.gumbel(key, chance.shape), most)
         # Keys out of play come first, then those never fetched, each in order.
         free, slots = jax.lax.top_k(jnp.where(active, jnp.where(usage == 0, 1, 0), 2), most)
-        taken = due & jnp.isfinite(drawn) & (free > 0)
-        slots = jnp.where(taken, slots, pairs)  # out of range: dropped
+        slots = jnp.where(due & jnp.isfinite(drawn) & (free > 0), slots, pairs)  # out of range: dropped
         return (
-            values.at[slots].set(values[nearest[rows]], mode="drop"),
-            keys.at[slots].set(heads[rows], mode="drop"),
-            active.at[slots].set(True, mode="drop"),
-            usage.at[slots].set(1, mode="drop"),
-            taken.sum(dtype=jnp.int32),
+            jnp.zeros(pairs, bool).at[slots].set(True, mode="drop"),
+            jnp.zeros(pairs, jnp.int32).at[slots].set(rows, mode="drop"),
         )
 
-    values, placed_keys, active, usage, placed = jax.vmap(place)(
-        jax.random.split(key, codebooks), heads, nearest, distances.T, beyond, health.shift > policy.shift,
-        params["values"], state.keys.codebook, state.active, state.usage,
+    placed, rows = jax.vmap(choose)(
+        jax.random.split(key, codebooks), distances.T, _quantile(reference, policy.far), health.shift > policy.shift,
+        state.active, state.usage,
     )  # fmt: skip
-    state = state._replace(keys=state.keys._replace(codebook=placed_keys), active=active, usage=usage)
-    return params | {"values": values}, state, KeyCare(health, placed)
+    own = jnp.arange(codebooks)[:, None]
+    even_load = state.keys.counts.sum(axis=1) / state.active.sum(axis=1)
+    values = jnp.where(placed[..., None], params["values"][own, nearest[own, rows]], params["values"])
+    state = state._replace(
+        keys=jax.vmap(replace_codes)(state.keys, heads[own, rows], placed, even_load),
+        active=state.active | placed,
+        usage=jnp.where(placed, 1, state.usage),
+    )
+    return params | {"values": values}, state, KeyCare(health, placed.sum(axis=1, dtype=jnp.int32))
 
 
 def describe_care(care: KeyCare, *, policy: KeyPolicy = KeyPolicy()) -> list[dict[str, Any]]:  # noqa: B008
@@ -171,7 +171,7 @@ def forget_class(
         params: values [C, J, V], V counting classes.
         state: with usage counted over training (`Bottleneck.count_usage`).
         label: the class.
-        indices: [N, C, top_k], what the class's training examples fetched.
+        indices: [N, C, top_k], what the class's training examples fetched, each as often as `usage` counted it.
         share: from above 0 to 1.
 
     Returns:
@@ -191,6 +191,14 @@ def forget_class(
     values = values.at[..., label].set(values.min(axis=-1) - 1)
     usage = jnp.where(reset, 0, jnp.maximum(state.usage - own, 0))
     return params | {"values": values}, state._replace(usage=usage)
+
+
+def _nearest(bottleneck: Bottleneck, params: PyTree, state: KeyState, features: Array) -> tuple[Array, Array]:
+    """Of each head, the nearest key [C, N] and the squared distance to it [N, C]."""
+    indices = bottleneck.lookup(params, state, features)
+    codebooks = indices.shape[-2]
+    distances = bottleneck.distances(state, features, indices)
+    return indices[..., 0].reshape(-1, codebooks).T, distances.reshape(-1, codebooks)
 
 
 def _health(state: KeyState, reference: Reference, distances: Array, policy: KeyPolicy) -> KeyHealth:

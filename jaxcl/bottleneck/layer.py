@@ -77,8 +77,8 @@ class Bottleneck(NamedTuple):
     place: _Place  # (key, params, state, features [..., D], *, iterations, axis_name) -> state
     fit_keys: _FitKeys  # (key, params, state, features [..., D], *, axis_name) -> state
     lookup: _Lookup  # (params, state, features [..., D], *, used_only) -> indices [..., C, top_k] int32
-    distances: Callable[[PyTree, KeyState, Array], Array]
-    # (params, state, features [..., D]) -> [..., C], squared, of each head to its nearest key
+    distances: Callable[[KeyState, Array, Array], Array]
+    # (state, features [..., D], indices [..., C, top_k]) -> [..., C], squared, of each head to the first key it fetched
     read: Callable[[PyTree, Array], Array]  # (params, indices [..., C, top_k]) -> values [..., C, top_k, V]
     count_usage: Callable[[KeyState, Array], KeyState]  # (state, indices [..., C, top_k]) -> state
 
@@ -105,7 +105,7 @@ def discrete_key_value_bottleneck(
     * `fit_keys` is one unsupervised step on a batch: keys become moving averages of the heads that chose them, and keys
       chosen too rarely are put on heads of the batch. The key of randomness must be equal on all devices of
       `axis_name`. Call it some epochs long, in any order, on features from any source; then leave the keys alone.
-    * `heads` and `distances` tell where features lie, and how far from the keys.
+    * `heads` and `distances` tell where features lie, and how far from the keys that `lookup` found.
     * `lookup` is the expensive part. `used_only` leaves out pairs whose `usage` is 0. (The authors give such pairs the
       smallest score found in the call, which depends on the batch; here they cannot win against a used one.)
     * `read` fetches values. It is differentiable, and its gradient dense; `continual.key_value_bottleneck` shows how
@@ -204,11 +204,10 @@ def discrete_key_value_bottleneck(
         indices = _each_codebook(search, heads(state, features), state.keys.codebook, eligible)
         return indices.swapaxes(0, 1).reshape(*features.shape[:-1], codebooks, top_k)
 
-    def distances(params: PyTree, state: KeyState, features: Array) -> Array:
-        points = heads(state, features)
-        indices = _each_codebook(_nearest, points, state.keys.codebook, state.active)
-        keys = jax.vmap(lambda codebook, rows: codebook[rows])(state.keys.codebook, indices)
-        return squared_distances(points, keys).T.reshape(*features.shape[:-1], codebooks)
+    def distances(state: KeyState, features: Array, indices: Array) -> Array:
+        nearest = indices[..., 0].reshape(-1, codebooks).T
+        keys = state.keys.codebook[jnp.arange(codebooks)[:, None], nearest]
+        return squared_distances(heads(state, features), keys).T.reshape(*features.shape[:-1], codebooks)
 
     def read(params: PyTree, indices: Array) -> Array:
         if indices.ndim < 2 or indices.shape[-2] != codebooks:

@@ -65,7 +65,9 @@ def minilm_encoder(folder: str | Path | None = None) -> FrozenEncoder:
         return normalise(mean_over_tokens(jnp.asarray(net.apply(params, tokens, mask)), mask))
 
     def apply(params: PyTree, tokens: ArrayLike) -> Array:
-        longest = int((np.asarray(tokens) != 0).sum(axis=1).max())
+        longest = max(1, int((np.asarray(tokens) != 0).sum(axis=1).max()))
         return apply_cut(params, tokens[:, : -(-longest // _CUT_TO) * _CUT_TO])
 
-    return FrozenEncoder("bert, mean over tokens, unit length", params, apply, 32)
+    # What the parameters' shapes do not tell.
+    name = f"bert ({net.heads} heads, {net.activation}, {net.epsilon}), unit mean over tokens"
+    return FrozenEncoder(name, params, apply, 32)

@@ -139,20 +139,18 @@ def cared_key_value_bottleneck(
     check_at_least("refresh_every", refresh_every, 0)
     inner = key_value_bottleneck(bottleneck, classes=classes, label_smoothing=label_smoothing)
 
-    def fetched(params: PyTree, state: CaredKeys, batch: Batch) -> Batch:
-        return batch._replace(inputs=bottleneck.lookup(params, state.keys, batch.inputs))
-
     def init(key: Key, params: PyTree, batch: Batch) -> CaredKeys:
         none = jnp.zeros(keys.usage.shape[:1])
         return CaredKeys(keys, reference, none, none.astype(jnp.int32), inner.init(key, params, batch))
 
     def gradients(key: Key, params: PyTree, state: CaredKeys, batch: Batch) -> tuple[PyTree, Metrics]:
-        return inner.gradients(key, params, state.values, fetched(params, state, batch))
+        indices = bottleneck.lookup(params, state.keys, batch.inputs)
+        return inner.gradients(key, params, state.values, batch._replace(inputs=indices))
 
     def after_update(
         key: Key, params: PyTree, state: CaredKeys, batch: Batch, grads: PyTree, updates: PyTree
     ) -> tuple[PyTree, CaredKeys]:
-        indices = fetched(params, state, batch).inputs
+        indices = grads["values"].numbers % state.keys.usage.shape[1]  # what `gradients` looked up
         real = jnp.where(batch.weights[:, None, None] > 0, indices, -1)  # rows that only fill up do not count
         return updates, state._replace(keys=bottleneck.count_usage(state.keys, real))
 
