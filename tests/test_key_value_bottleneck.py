@@ -14,7 +14,7 @@ import pytest
 from helpers import assert_close, both_ways, golden, steps_of
 
 from jaxcl import bottleneck as bn
-from jaxcl import quantize, trees
+from jaxcl import nets, quantize, trees
 from jaxcl.continual import (
     Batch,
     Examples,
@@ -94,9 +94,12 @@ def check_step(recorded, step, found):
 
 
 @both_ways
-@pytest.mark.parametrize("name", ["dkvb_train_top1", "dkvb_clip_active"])
+@pytest.mark.parametrize("name", ["dkvb_train_top1", "dkvb_clip_active", "dkvb_train_top3"])
 def test_training_is_the_authors(name, wrap):
-    """Three recorded steps (the first in plain calls) from features to values; and counts of use."""
+    """Three recorded steps (the first in plain calls) from features to values; and counts of use.
+
+    The last case has two positions an example, whose votes are averaged.
+    """
     recorded, meta, made, state = recorded_case(name)
     strategy = key_value_bottleneck(made, label_smoothing=meta["label_smoothing"])
     tx = bn.sparse_sgd(meta["lr"], max_norm=meta["clip"])
@@ -117,40 +120,13 @@ def test_training_is_the_authors(name, wrap):
 
     params, step = {"values": jnp.asarray(recorded["init_values"])}, wrap(step)
     for number in steps_of(wrap):
-        features = jnp.asarray(recorded["x"][number][:, :, 0].reshape(len(recorded["labels"][number]), -1))
+        heads = recorded["x"][number]  # [B, C, P, W]
+        features = jnp.asarray(heads.swapaxes(1, 2).reshape(heads.shape[0], heads.shape[2], -1))
         params, state, found = step(params, state, features, jnp.asarray(recorded["labels"][number]))
         check_step(recorded, number, found)
         np.testing.assert_array_equal(state.usage, recorded[f"counter_{number}"])
     clipped = [recorded[f"grad_norm_{number}"] > meta["clip"] for number in steps_of(wrap)]
     assert any(clipped) == (name == "dkvb_clip_active")
-
-
-@both_ways
-def test_training_on_feature_maps_is_the_authors(wrap):
-    """As above by the dense rule: an example has two positions, whose votes are averaged."""
-    recorded, meta, made, state = recorded_case("dkvb_train_top3")
-    tx = dense_descent(meta["lr"], meta["clip"])
-
-    def step(params, state, features, labels):
-        indices = made.lookup(params, state, features)
-
-        def loss(params):
-            logits = bn.vote(made.read(params, indices)).mean(axis=1)
-            batch = batch_of(indices, labels, meta["dim_values"])
-            return cross_entropy(logits, batch, label_smoothing=meta["label_smoothing"])[0], logits
-
-        (value, logits), grads = jax.value_and_grad(loss, has_aux=True)(params)
-        after = optax.apply_updates(params, tx.update(grads, tx.init(params))[0])
-        found = {"logits": logits, "loss": value, "grad_values": grads["values"], "values": after["values"]}
-        return after, made.count_usage(state, indices), found
-
-    params, step = {"values": jnp.asarray(recorded["init_values"])}, wrap(step)
-    for number in steps_of(wrap):
-        heads = recorded["x"][number]
-        features = jnp.asarray(heads.swapaxes(1, 2).reshape(heads.shape[0], heads.shape[2], -1))
-        params, state, found = step(params, state, features, jnp.asarray(recorded["labels"][number]))
-        check_step(recorded, number, found)
-        np.testing.assert_array_equal(state.usage, recorded[f"counter_{number}"])
 
 
 # Sparse equals dense
@@ -285,6 +261,60 @@ def test_values_wider_than_the_classes_are_padding():
     wide, alone = found[8]["values"], found[5]["values"]
     assert_close(wide[..., :5], alone, 1e-6)
     assert not wide[..., 5:].any()
+
+
+def test_positions_that_fetch_the_same_pair_add_up_before_the_norm_is_clipped():
+    """Nine positions of each example fetch the same pairs: the norm is nine times one position's, not three times."""
+    rng = np.random.default_rng(0)
+    indices = np.repeat(random_indices(rng, 2, 1, top_k=1), 9, axis=1)
+    batch, params = batch_of(indices, np.array([1, 3]), 5), {"values": jnp.zeros((6, 10, 5))}
+    grads, _ = key_value_bottleneck(small()).gradients(KEY, params, (), batch)
+    dense = trees.add_rows(jnp.zeros((6, 10, 5)), grads["values"])
+    max_norm = 0.8 * float(norm_of(dense))
+    assert float(norm_of(grads["values"].values)) < max_norm
+    updates, _ = bn.sparse_sgd(1.0, max_norm=max_norm).update(grads, optax.EmptyState())
+    found = trees.add_rows(jnp.zeros((6, 10, 5)), updates["values"])
+    assert_close(found, -dense * max_norm / (norm_of(dense) + 1e-6), 1e-6)
+
+
+def wide_params(decoder):
+    """Values of width 3, drawn, behind a decoder to five classes."""
+    rng = np.random.default_rng(3)
+    values = jnp.asarray(rng.standard_normal((6, 10, 3)), jnp.float32)
+    return {"values": values, "decoder": decoder.init(KEY, jnp.zeros((1, 6, 2, 3)))}
+
+
+@pytest.mark.parametrize("train_decoder", [False, True])
+@pytest.mark.parametrize("hidden", [(), (7,)])
+def test_a_decoder_is_the_dense_rule(hidden, train_decoder):
+    """40 clipped steps, linear and with a hidden layer; a decoder that is not trained stays to the last bit."""
+    rng = np.random.default_rng(1)
+    decoder, made = nets.MLP(hidden, 5), small(2, 3)
+    batches = Batch(
+        random_indices(rng, 40, 8, top_k=2), rng.integers(5, size=(40, 8)), np.ones((40, 8), np.float32),
+        np.ones((40, 8, 5), bool), np.zeros(40, np.int32),
+    )  # fmt: skip
+    start = wide_params(decoder)
+
+    def logits(params, indices):
+        learned = params["decoder"] if train_decoder else jax.lax.stop_gradient(params["decoder"])
+        return decoder.apply(learned, made.read(params, indices))
+
+    ours = key_value_bottleneck(made, decoder=decoder.apply, train_decoder=train_decoder)
+    found, state, losses, _ = jax.jit(
+        functools.partial(many_steps, ours, bn.sparse_sgd(0.5, max_norm=0.15))
+    )(start, batches)  # fmt: skip
+    rule = naive(logits, label_smoothing=0.1)
+    expected, _, dense_losses, norms = jax.jit(functools.partial(many_steps, rule, dense_descent(0.5, 0.15)))(
+        start, batches
+    )
+    assert (norms > 0.15).any()
+    assert_close(losses, dense_losses, 1e-5)
+    jax.tree.map(functools.partial(assert_close, tolerance=1e-5), found, expected)
+    same = jax.tree.leaves(jax.tree.map(np.array_equal, found["decoder"], start["decoder"]))
+    assert not any(same) if train_decoder else all(same)
+    answers = ours.predict(found, state, batches.inputs[0], None)
+    assert_close(answers, decoder.apply(found["decoder"], made.read(found, batches.inputs[0])), 1e-6)
 
 
 # Whole runs

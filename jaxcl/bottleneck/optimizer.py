@@ -74,10 +74,14 @@ def _exact_clip_factor(gradients: list[Array | Rows], max_norm: Array) -> Array:
 
 
 def _norm_bound(gradient: Array | Rows) -> Array:
-    """An upper bound of the norm, exact for a dense gradient: the sum over examples of the norms of their parts."""
+    """An upper bound of the norm, exact for a dense gradient: the sum of the norms of parts without equal rows.
+
+    Such are the pairs [C, top_k] that one position of one example fetches, each with its row [V].
+    """
     if not isinstance(gradient, Rows):
         return jnp.sqrt(_squared_norm(gradient))
-    return jnp.sqrt(jnp.sum(jnp.square(gradient.values), axis=range(1, gradient.values.ndim))).sum()
+    rank = gradient.values.ndim
+    return jnp.sqrt(jnp.sum(jnp.square(gradient.values), axis=range(max(1, rank - 3), rank))).sum()
 
 
 def _squared_norm(gradient: Array | Rows) -> Array:

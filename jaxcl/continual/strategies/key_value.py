@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from jaxcl.bottleneck import (
     Bottleneck,
@@ -14,7 +15,7 @@ from jaxcl.bottleneck import (
     pair_numbers,
     vote,
 )
-from jaxcl.continual.strategies.contract import Batch, Metrics, Strategy, cross_entropy
+from jaxcl.continual.strategies.contract import Apply, Batch, Metrics, Strategy, cross_entropy
 from jaxcl.trees import Rows
 from jaxcl.typing import Array, Key, PyTree, check_at_least, check_between
 
@@ -38,12 +39,24 @@ class CaredKeys(NamedTuple):
 
 
 def key_value_bottleneck(
-    bottleneck: Bottleneck, *, classes: int | None = None, label_smoothing: float = 0.1, momentum: float = 0.0
+    bottleneck: Bottleneck,
+    *,
+    classes: int | None = None,
+    decoder: Apply | None = None,
+    train_decoder: bool = False,
+    label_smoothing: float = 0.1,
+    momentum: float = 0.0,
 ) -> Strategy:
-    """The values of a discrete key-value bottleneck learn, on indices looked up beforehand, and vote.
+    """The values of a discrete key-value bottleneck learn, on indices looked up beforehand, and are decoded.
 
-    Inputs are indices [B, C, top_k] (any integer dtype; see `streams.map_inputs`), params the bottleneck's. Gradients
-    are `trees.Rows`, so the optimizer is `bottleneck.sparse_sgd`; equal to the dense rule, at the cost of the rows.
+    Inputs are indices [B, C, top_k], or [B, P, C, top_k] for P positions of a feature map (any integer dtype; see
+    `streams.map_inputs`), params the bottleneck's. Gradients are `trees.Rows`, so the optimizer is
+    `bottleneck.sparse_sgd`; equal to the dense rule, at the cost of the rows.
+
+    By default values vote (`bottleneck.vote`, and the mean over positions). Another decoder is a network, such as
+    `nets.MLP` of all values laid side by side, linear if it has no hidden layer: pass its `apply`, and its parameters
+    as ``params["decoder"]``. The authors leave it as it was drawn; trained, it forgets as any network does. Behind
+    hidden layers values must not start at zero, where their gradient is zero too.
 
     Momentum would move every value at every step. But a value that is not fetched coasts: under velocity w, the sum of
     past updates decayed by mu a step, it will come to rest at q = p + mu w / (1 - mu), and an update u moves q by
@@ -52,9 +65,11 @@ def key_value_bottleneck(
 
     Args:
         bottleneck: what `bottleneck.discrete_key_value_bottleneck` made.
-        classes: K, where values are wider than that and the rest of them is padding; None takes V.
+        classes: K, where values that vote are wider than that and the rest of them is padding; None takes V.
+        decoder: (params, values [B, ..., C, top_k, V]) -> logits [B, K]; None lets values vote.
+        train_decoder: whether it learns with the values.
         label_smoothing: see `cross_entropy`; 0.1 is published.
-        momentum: mu, from 0 to below 1; the published recipe has none.
+        momentum: mu of the values, from 0 to below 1; the published recipe has none, and a decoder gets none.
     """
     check_between("label_smoothing", label_smoothing, 0, 1)
     check_between("momentum", momentum, 0, 1 - 1e-6)
@@ -74,10 +89,13 @@ def key_value_bottleneck(
             values -= coasting * velocity_at(state, numbers_of(state, params, indices))
         return values
 
-    def answer(values: Array) -> Array:
+    def answer(decoder_params: PyTree, values: Array) -> Array:
+        if decoder:
+            return decoder(decoder_params if train_decoder else lax.stop_gradient(decoder_params), values)
         if classes is not None:
             check_between("classes", classes, 1, values.shape[-1])
-        return vote(values)[..., :classes]
+        votes = vote(values)[..., :classes]
+        return votes.reshape(len(votes), -1, votes.shape[-1]).mean(axis=1)
 
     def init(key: Key, params: PyTree, batch: Batch) -> PyTree:
         if not momentum:
@@ -86,11 +104,13 @@ def key_value_bottleneck(
         return Momentum(jnp.zeros_like(values), jnp.zeros(values.shape[:2], jnp.int32), jnp.int32(0))
 
     def gradients(key: Key, params: PyTree, state: PyTree, batch: Batch) -> tuple[PyTree, Metrics]:
-        def loss(values: Array) -> tuple[Array, Metrics]:
-            return cross_entropy(answer(values), batch, label_smoothing=label_smoothing)
+        def loss(learned: PyTree) -> tuple[Array, Metrics]:
+            logits = answer(learned.get("decoder"), learned["values"])
+            return cross_entropy(logits, batch, label_smoothing=label_smoothing)
 
-        grads, metrics = jax.grad(loss, has_aux=True)(fetch(params, state, batch.inputs))
-        return {"values": Rows(numbers_of(state, params, batch.inputs), grads)}, metrics
+        learned = params | {"values": fetch(params, state, batch.inputs)}
+        grads, metrics = jax.grad(loss, has_aux=True)(learned)
+        return grads | {"values": Rows(numbers_of(state, params, batch.inputs), grads["values"])}, metrics
 
     def after_update(
         key: Key, params: PyTree, state: PyTree, batch: Batch, grads: PyTree, updates: PyTree
@@ -104,10 +124,10 @@ def key_value_bottleneck(
         velocity = velocity.at[numbers].set(velocity_at(state, numbers)).at[numbers].add(change)
         touched = state.touched.reshape(-1).at[numbers].set(state.step).reshape(state.touched.shape)
         state = state._replace(velocity=velocity.reshape(state.velocity.shape), touched=touched)
-        return {"values": Rows(numbers, change / (1 - momentum))}, state
+        return updates | {"values": Rows(numbers, change / (1 - momentum))}, state
 
     def predict(params: PyTree, state: PyTree, inputs: Array, task: Array | None) -> Array:
-        return answer(fetch(params, state, inputs))
+        return answer(params.get("decoder"), fetch(params, state, inputs))
 
     return Strategy(gradients, predict, init, after_update=after_update)
 
