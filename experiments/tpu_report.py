@@ -143,18 +143,26 @@ def of_learner(
     return of_loop(layout, member, strategy, optax.adam(1e-3), params, inputs, learner.batch_size)
 
 
-def of_bottleneck(layout: Layout, member: str) -> Program:
-    """A step of the key-value bottleneck at its published size, on features as wide as EfficientNet-lite0's."""
+def of_bottleneck(layout: Layout, member: str, *, split_codebooks: bool = False) -> Program:
+    """A step of the key-value bottleneck at its published size, on features as wide as EfficientNet-lite0's.
+
+    The batch is split over devices, or the codebooks are: whole ones in a look-up, and in training the pairs of each,
+    as `Layout` splits a state.
+    """
     width, batch_size = 1280, 256
     layer = bottleneck.discrete_key_value_bottleneck(width, CLASSES)
     key = jax.eval_shape(jax.random.key, 0)
     params, state = jax.eval_shape(layer.init, key)
     if member == "train":
+        if split_codebooks:
+            mesh: Any = layout.mesh
+            layout = Layout(Mesh(mesh.devices.T, (DATA, MODEL)))
         indices = jax.ShapeDtypeStruct((50_000, *state.usage.shape[:1], 1), jnp.uint16)
         strategy, tx = continual.key_value_bottleneck(layer), bottleneck.sparse_sgd(0.3, max_norm=1.0)
         return of_loop(layout, member, strategy, tx, params, indices, batch_size)
-    features = placed(layout, jax.ShapeDtypeStruct((batch_size, width), jnp.float32), DATA)
-    stored = placed(layout, params), placed(layout, state), features
+    split_batch, split_state = (None, DATA) if split_codebooks else (DATA, None)
+    features = placed(layout, jax.ShapeDtypeStruct((batch_size, width), jnp.float32), split_batch)
+    stored = placed(layout, params, split_state), placed(layout, state, split_state), features
     if member == "lookup":
         return Program(jax.jit(layer.lookup), stored)
     return Program(jax.jit(layer.fit_keys), (placed(layout, key), *stored))
@@ -198,6 +206,8 @@ STEPS: dict[str, Callable[[Layout], Program]] = {
     "dkvb_train": partial(of_bottleneck, member="train"),
     "dkvb_lookup": partial(of_bottleneck, member="lookup"),
     "dkvb_fit_keys": partial(of_bottleneck, member="fit_keys"),
+    "dkvb_train_codebooks_split": partial(of_bottleneck, member="train", split_codebooks=True),
+    "dkvb_lookup_codebooks_split": partial(of_bottleneck, member="lookup", split_codebooks=True),
     "nearest": partial(of_search, vectors=65_536, codes=65_536),
     "nearest_262144": partial(of_search, vectors=65_536, codes=262_144),
     "nearest_262144_codes_split": partial(of_search, vectors=65_536, codes=262_144, split_codes=True),

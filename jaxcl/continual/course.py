@@ -2,13 +2,13 @@
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from jaxcl.continual.checkpoints import Checkpoints
-from jaxcl.continual.feeding import Batching, Call, Feeder
+from jaxcl.continual.feeding import Batching, Call, Feeder, one_after_another
 from jaxcl.continual.programs import LoopState, Programs, Tables
 from jaxcl.continual.sharding import Layout
 from jaxcl.continual.streams import Selection, Stream
@@ -79,13 +79,24 @@ class _Cursor(NamedTuple):
 
 
 class _Record(NamedTuple):
-    """What has been measured so far, as plain data that goes into a checkpoint (S seeds of the group)."""
+    """What has been measured so far, of S seeds of the group."""
 
-    untrained: list[list[float]]  # [S, T]
-    accuracy: list[list[list[float]]]  # [stages so far, S, T]
+    untrained: np.ndarray  # [S, T]
+    accuracy: list[np.ndarray]  # of the stages so far, each [S, T]
     history: list[tuple[int, int, dict[str, list[float]]]]  # stage, epoch, {metric: [S]}
     examples: list[int]  # [S], trained on so far
     seconds: float
+
+    def plain(self) -> dict[str, Any]:
+        """As plain data, which goes into a checkpoint."""
+        arrays = {"untrained": self.untrained.tolist(), "accuracy": [of_stage.tolist() for of_stage in self.accuracy]}
+        return self._asdict() | arrays
+
+    @classmethod
+    def of_plain(cls, plain: dict[str, Any]) -> "_Record":
+        """The record whose plain data this is."""
+        accuracy = [np.asarray(of_stage) for of_stage in plain["accuracy"]]
+        return cls(**plain | {"untrained": np.asarray(plain["untrained"]), "accuracy": accuracy})
 
 
 class Course:
@@ -117,10 +128,9 @@ class Course:
                 ([stream.test for stream in seeds.streams], plan.testing),
             )
         )
-        self._test_sets = [
-            (self._testing.repeated(parts), [len(part.rows) for part in parts])
-            for parts in zip(*(stream.test_sets for stream in seeds.streams), strict=True)
-        ]
+        tests = [stream.test_sets for stream in seeds.streams]
+        self._test_calls = self._testing.repeated([one_after_another(parts, plan.testing.size) for parts in tests])
+        self._test_sizes = np.array([[len(part.rows) for part in parts] for parts in tests])  # [S, T]
         self._began = time.perf_counter()
 
     def results(self) -> list[Result]:
@@ -142,7 +152,7 @@ class Course:
         jax.block_until_ready(state)
         record = self._timed(record)
         if self._checkpoints and self._began_at != cursor:
-            self._checkpoints.save(state, {"cursor": cursor, **record._asdict()})
+            self._checkpoints.save(state, {"cursor": cursor, **record.plain()})
         return state, record
 
     def _take_up(self) -> tuple[LoopState, _Cursor, _Record]:
@@ -156,7 +166,7 @@ class Course:
         if saved:
             state, plain = saved
             self._began_at = _Cursor(*plain.pop("cursor"))
-            record = _Record(**plain)
+            record = _Record.of_plain(plain)
         else:
             state, self._began_at = self._programs.start(*arguments), _Cursor(0, 0, 0)
             seeds = len(self._seeds.streams)
@@ -212,18 +222,13 @@ class Course:
                 self._save_if_due(state, _Cursor(stage, epoch, end), record)
         return state
 
-    def _evaluate(self, state: LoopState) -> list[list[float]]:
+    def _evaluate(self, state: LoopState) -> np.ndarray:
         """Accuracy [S, T] on all tasks."""
         right = [
-            [
-                self._programs.evaluate(state, self._tables, source, np.int32(task), np.int32(position))
-                for source, position, _ in calls()
-            ]
-            for task, (calls, _) in enumerate(self._test_sets)
+            self._programs.evaluate(state, self._tables, source, np.int32(position), np.int32(count))
+            for source, position, count in self._test_calls()
         ]
-        sizes = [of_seeds for _, of_seeds in self._test_sets]
-        counts = [np.atleast_1d(sum(counts)) for counts in jax.device_get(right)]  # T of [S]
-        return (np.stack(counts, axis=1) / np.asarray(sizes).T).tolist()
+        return np.atleast_2d(sum(jax.device_get(right))) / self._test_sizes
 
     def _calls(self, stage: int, epoch: int, first: int = 0) -> Iterator[Call]:
         """The batches of an epoch in the order they are seen, from number `first` on."""
@@ -243,9 +248,7 @@ class Course:
             examples=[before + new for before, new in zip(record.examples, trained, strict=True)],
         )
 
-    def _report(
-        self, state: LoopState, record: _Record, seconds: float, accuracy: list[list[float]] | None = None
-    ) -> None:
+    def _report(self, state: LoopState, record: _Record, seconds: float, accuracy: np.ndarray | None = None) -> None:
         stage, epoch, means = record.history[-1]
         distinct = self._seeds.distinct
         self._tell(
@@ -269,7 +272,7 @@ class Course:
 
     def _save_if_due(self, state: LoopState, cursor: _Cursor, record: _Record) -> None:
         if self._checkpoints and self._checkpoints.due():
-            self._checkpoints.save(state, {"cursor": cursor, **self._timed(record)._asdict()})
+            self._checkpoints.save(state, {"cursor": cursor, **self._timed(record).plain()})
 
     def _result(self, state: LoopState, record: _Record, seed: int) -> Result:
         params, strategy_state = state.params, state.strategy_state
@@ -277,7 +280,7 @@ class Course:
             params, strategy_state = jax.tree.map(lambda leaf: leaf[seed], (params, strategy_state))
         return Result(
             accuracy=np.asarray(record.accuracy)[:, seed],
-            untrained=np.asarray(record.untrained)[seed],
+            untrained=record.untrained[seed],
             history=[
                 {"stage": stage, "epoch": epoch} | {name: of_seeds[seed] for name, of_seeds in means.items()}
                 for stage, epoch, means in record.history

@@ -39,6 +39,15 @@ def is_streamed(examples: Examples) -> bool:
     return not is_resident(examples.inputs) or jax.process_count() > 1
 
 
+def one_after_another(parts: Sequence[Selection], size: int) -> Selection:
+    """All parts in one, each filled up with rows -1 to whole batches, so that no batch has examples of two parts."""
+    filled = []
+    for rows, tasks in parts:
+        missing = -len(rows) % size
+        filled.append((np.pad(rows, (0, missing), constant_values=-1), np.pad(tasks, (0, missing), mode="edge")))
+    return Selection(*map(np.concatenate, zip(*filled, strict=True)))
+
+
 class Feeder:
     """The batches of one set of examples, or of one set a seed where seeds share each step.
 

@@ -151,6 +151,7 @@ def run_seeds(
         raise bad_argument("batch_size", batch_size, f"pass a multiple of the mesh's data axis, {parts}")
     largest_test = max(len(part.rows) for stream in streams for part in stream.test_sets)
     evaluation_batch_size = -(-min(evaluation_batch_size, largest_test) // parts) * parts
+    test_batches = max(sum(-(-len(part.rows) // evaluation_batch_size) for part in s.test_sets) for s in streams)
     largest = max(len(part.rows) for stream in streams for part in stream.train_sets)
     shared = all(stream.train is streams[0].train and stream.test is streams[0].test for stream in streams)
     layout, first = Layout(mesh), streams[0]
@@ -173,7 +174,8 @@ def run_seeds(
         strategy.refresh_every,
         epochs,
         Batching(batch_size, -(-largest // batch_size), steps_per_call),
-        Batching(evaluation_batch_size, -(-largest_test // evaluation_batch_size), 1),
+        # Test batches may be far larger than those of training: where they are read as needed, one at a time.
+        Batching(evaluation_batch_size, test_batches, 1 if is_streamed(first.test) else steps_per_call),
         layout,
         size > 1,
         shared,

@@ -77,7 +77,7 @@ class Programs(NamedTuple):
     refresh: Callable[..., LoopState] | None  # (key, state, tables, source, stage, position) -> state
     observe: Callable[..., LoopState] | None  # (key, state, tables, source, stage, position, count) -> state
     end_task: Callable[..., LoopState] | None  # (key, state, stage) -> state
-    evaluate: Callable[..., Array]  # (state, tables, source, task, position) -> [] int32, right answers
+    evaluate: Callable[..., Array]  # (state, tables, source, position, count) -> [T] int32, right answers of each task
 
 
 @functools.lru_cache(maxsize=8)
@@ -99,18 +99,12 @@ def compile_programs(
         strategy: the method.
         tx: the optimizer.
         pipeline: of the streams that the programs are for.
-        steps_per_call: at most so many steps in one call of `train` and `observe`.
+        steps_per_call: at most so many steps in one call of `train` and `observe`, and batches in one of `evaluate`.
         layout: how state and batches lie on the devices.
         together: whether there are several seeds: keys, states, tables and sources then have a leading seed axis.
         shared: whether inputs and labels in sources nevertheless have not, being the same for all seeds.
     """
-
-    def gather(tables: Tables, source: Resident | Streamed, position: Array, stage: Array) -> Batch:
-        inputs, labels, tasks, weights = layout.split_batch(source.take(position))
-        if pipeline.prepare:
-            inputs = pipeline.prepare(inputs)
-        inputs = pipeline.view(tables.view_table, inputs, tasks)
-        return Batch(inputs, labels, weights, tables.eligible[tasks], stage)
+    gather = _gather(pipeline, layout)
 
     def start(key: Key, params: PyTree, tables: Tables, source: Resident | Streamed) -> LoopState:
         batch = gather(tables, source, jnp.int32(0), jnp.int32(0))
@@ -197,12 +191,17 @@ def compile_programs(
         params, strategy_state = strategy.end_task(_derive(key, 5, stage), state.params, state.strategy_state)
         return state._replace(params=params, strategy_state=strategy_state)
 
-    def evaluate(state: LoopState, tables: Tables, source: Resident | Streamed, task: Array, position: Array) -> Array:
-        batch = gather(tables, source, position, task)
-        told = task if pipeline.task_known else None
-        logits = strategy.predict(state.params, state.strategy_state, batch.inputs, told)
-        answers = jnp.argmax(jnp.where(batch.eligible, logits, -jnp.inf), axis=-1)
-        return jnp.sum((answers == batch.labels) & (batch.weights > 0), dtype=jnp.int32)
+    def evaluate(state: LoopState, tables: Tables, source: Resident | Streamed, position: Array, count: Array) -> Array:
+        def at(position: Array, right: Array) -> Array:
+            task = source.take(position)[2][0]  # the same for all of a batch
+            batch = gather(tables, source, position, task)
+            told = task if pipeline.task_known else None
+            logits = strategy.predict(state.params, state.strategy_state, batch.inputs, told)
+            answers = jnp.argmax(jnp.where(batch.eligible, logits, -jnp.inf), axis=-1)
+            return right.at[task].add(jnp.sum((answers == batch.labels) & (batch.weights > 0), dtype=jnp.int32))
+
+        none = jnp.zeros(len(tables.eligible), jnp.int32)
+        return lax.fori_loop(position, position + count, at, none) if steps_per_call > 1 else at(position, none)
 
     def compiled(program: Callable[..., Any], name: str, *, consumes: tuple[int, ...] = (1,)) -> Any:
         def laid_out(*arguments: Any) -> Any:
@@ -223,6 +222,19 @@ def compile_programs(
         end_task=compiled_if("end_task", end_task, 0, 0, None),
         evaluate=compiled(for_each_seed(evaluate, 0, 0, axes, None, None), "evaluate", consumes=()),
     )
+
+
+def _gather(pipeline: Pipeline, layout: Layout) -> Callable[..., Batch]:
+    """(tables, source, position, stage) -> the batch there, as its tasks show it."""
+
+    def gather(tables: Tables, source: Resident | Streamed, position: Array, stage: Array) -> Batch:
+        inputs, labels, tasks, weights = layout.split_batch(source.take(position))
+        if pipeline.prepare:
+            inputs = pipeline.prepare(inputs)
+        inputs = pipeline.view(tables.view_table, inputs, tasks)
+        return Batch(inputs, labels, weights, tables.eligible[tasks], stage)
+
+    return gather
 
 
 def _training_step(

@@ -133,3 +133,17 @@ def test_help_teaches(capsys):
     shown = capsys.readouterr().out
     for text in (*tpu_report.STEPS, "--topologies", "--effort", "--out", "roofline", "v5e:2x4"):
         assert text in shown
+
+
+@needs_libtpu
+def test_the_bottleneck_compiles_with_its_batch_or_its_codebooks_split(tmp_path):
+    """Whole codebooks on each of eight devices: an eighth of the keys, which are read but once, and no exchange."""
+    steps = ["dkvb_train", "dkvb_lookup", "dkvb_train_codebooks_split", "dkvb_lookup_codebooks_split"]
+    done = run("--topologies", "v5e:2x4", "--steps", *steps, "--effort", "-1", "--out", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    entries = {entry["step"]: entry for entry in report.read_json(tmp_path / "tpu_report.json")["programs"]}
+    assert [*entries] == steps
+    for name in ("dkvb_train", "dkvb_lookup"):
+        assert entries[f"{name}_codebooks_split"]["memory_bytes"] < entries[name]["memory_bytes"]
+    assert not entries["dkvb_lookup_codebooks_split"]["collectives"]
+    assert entries["dkvb_lookup_codebooks_split"]["argument_bytes"] < entries["dkvb_lookup"]["argument_bytes"] / 6
