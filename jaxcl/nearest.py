@@ -20,14 +20,21 @@ from jaxcl.typing import Array, bad_argument, check_at_least, check_choice, chec
 Metric = Literal["euclidean", "cosine"]
 Pair = tuple[Array, Array]
 _METRICS = ("euclidean", "cosine")
-# Codes a block. Measured on CPU: the products of large blocks are faster, 1.5 times for 256 vectors and 1.05 for 4,096;
-# for more vectors small blocks are, as their scores stay in cache.
-# The GPU figure is an estimate (few, large products; 16 kB of scores a vector). TPU compilers fuse the score matrix
-# away, so there the whole codebook is one block.
-_BLOCK = {"cpu": 1024, "cuda": 4096, "rocm": 4096}
-_BLOCK_OF_MANY = {"cpu": 256}
-_MANY = 4096  # vectors
 _GROUP = 16  # codes among which the best is told apart only in the end
+
+
+def _cpu_block(vectors: int) -> int:
+    """Codes a block that give four million scores, within limits; a power of two.
+
+    With fewer the products are too small for speed, with more the scores leave the cache (measured, 256 to 8,192
+    vectors, widths 8 to 128).
+    """
+    return 2 ** min(max(8, (2**22 // max(1, vectors)).bit_length() - 1), 12)
+
+
+# Codes a block, by the number of vectors. The GPU figure is an estimate: few, large products; 16 kB of scores a vector.
+# TPU compilers fuse the score matrix away, so there the whole codebook is one block.
+_BLOCK: dict[str, Callable[[int], int]] = {"cpu": _cpu_block, "cuda": lambda _: 4096, "rocm": lambda _: 4096}
 
 
 def nearest_codes(
@@ -151,8 +158,7 @@ def _by_backend(search: Callable[..., Any], x: Array, codebook: Array, eligible:
     """`search(x, codebook, eligible, block)` with the block that suits the backend the program is compiled for."""
     if block_size is not None:
         return search(x, codebook, eligible, block_size)
-    blocks = _BLOCK | (_BLOCK_OF_MANY if len(x) > _MANY else {})
-    forms = {platform: partial(search, block=block) for platform, block in blocks.items()}
+    forms = {platform: partial(search, block=size(len(x))) for platform, size in _BLOCK.items()}
     return lax.platform_dependent(x, codebook, eligible, default=partial(search, block=None), **forms)
 
 
@@ -195,42 +201,27 @@ def _search(
     group = math.gcd(_GROUP, min(block, len(codebook)))
     rows, allowed, starts = _in_blocks(codebook, eligible, block)
     lanes, vectors = rows.shape[1] // group, x.T
+    lane_numbers = jnp.arange(lanes, dtype=jnp.int32)[:, None]
 
-    def in_block(number: Array | int) -> Array:
-        """The highest score in each group of codes that follow each other, [lanes, N]."""
+    def in_block(rows: Array, eligible: Array, start: Array) -> Pair:
         # The first codes of all groups go first, then all second ones: what is compared are long rows.
-        made = _offset(codes_of(rows[number]), allowed[number], metric)
+        made = _offset(codes_of(rows), eligible, metric)
         codes, offset = (part.reshape(lanes, group, *part.shape[1:]).swapaxes(0, 1) for part in made)
         products = _products(codes.reshape(lanes * group, -1), vectors).reshape(group, lanes, -1)
         scores = (products[member] - offset[member, :, None] for member in range(group))
-        # Not jnp.maximum: it takes care of NaN, and longer.
-        return reduce(lambda best, other: jnp.where(other > best, other, best), scores)
+        # Not jnp.maximum: it takes care of NaN, and longer. Nothing compares with NaN, so that it is never the best.
+        nothing = jnp.full(products.shape[1:], -jnp.inf)
+        best = reduce(lambda best, other: jnp.where(other > best, other, best), scores, nothing)
+        highest = best.max(axis=0)
+        lane = jnp.where(best == highest, lane_numbers, lanes).min(axis=0)
+        of_lane = jnp.take_along_axis(products, lane[None, None], axis=1)[:, 0] - offset[:, lane]
+        return highest, start + group * lane + jnp.argmax(of_lane, axis=0).astype(jnp.int32)
 
     def better(best: Pair, other: Pair) -> Pair:
         return jnp.where(other[0] > best[0], other[0], best[0]), jnp.where(other[0] > best[0], other[1], best[1])
 
-    def step(number: Array | int, carry: tuple[Pair, Array]) -> tuple[Pair, Array]:
-        # What a block holds is compared a step later: the compiler would else work it out for each half of the pair.
-        best, before = carry
-        return better(best, (before, starts[number - 1])), in_block(number)
-
-    first = in_block(0)
-    known = ~jnp.isnan(first)  # nothing compares with NaN
-    initial = jnp.where(known, first, -jnp.inf), jnp.where(known, starts[0], 0)
-    best, last = lax.fori_loop(1, len(rows), step, (initial, first))
-    scores, start = better(best, (last, starts[-1]))
-    highest = scores.max(axis=0)
-    start += group * jnp.arange(lanes)[:, None]
-    start = jnp.where(scores == highest, start, jnp.iinfo(jnp.int32).max).min(axis=0)
-
-    def in_group(number: Array | int) -> Pair:
-        """Score [N] and index [N] of the code that comes so many after the first of each vector's group."""
-        index = start + number
-        row = jnp.minimum(index, len(codebook) - 1)
-        codes, offset = _offset(codes_of(codebook[row]), eligible[row] & (index < len(codebook)), metric)
-        return jnp.sum(x.astype(jnp.float32) * codes.astype(jnp.float32), axis=-1) - offset, index
-
-    return highest, lax.fori_loop(1, group, lambda number, pair: better(pair, in_group(number)), in_group(0))[1]
+    none = jnp.full(len(x), -jnp.inf), jnp.zeros(len(x), jnp.int32)
+    return better(none, _fold_blocks(in_block, better, (rows, allowed, starts)))
 
 
 def _search_k(
