@@ -783,3 +783,24 @@ def test_fitting_needs_features():
 def test_sgd_that_would_ascend_is_refused(options):
     with pytest.raises(ValueError, match=r"(learning_rate|max_norm): got -1.0; pass 0 or more"):
         bn.sparse_sgd(**options)
+
+
+def test_sampled_pairs_have_the_chances_of_their_distances():
+    """4,000 draws for one feature: frequencies as exp(-d^2 / T) to three standard errors; spare pairs never."""
+    made = bn.discrete_key_value_bottleneck(3, 2, codebooks=2, pairs=6, key_width=2, spare=2)
+    params, state = made.init(jax.random.key(0))
+    feature = jnp.asarray([[0.3, -0.2, 0.5]])
+    draw = jax.jit(lambda key: bn.sample_pairs(key, made, state, feature, temperature=2.0))
+    drawn = np.asarray(jax.vmap(draw)(jax.random.split(jax.random.key(0), 4000)))
+    assert drawn.shape == (4000, 1, 2, 1)
+    heads, keys = np.asarray(made.heads(state, feature)), np.asarray(state.keys.codebook)
+    for codebook in range(2):
+        chances = np.exp(-((heads[codebook] - keys[codebook, :4]) ** 2).sum(axis=1) / 2)
+        chances /= chances.sum()
+        seen = np.bincount(drawn[:, 0, codebook, 0], minlength=6) / 4000
+        assert (np.abs(seen[:4] - chances) < 3 * np.sqrt(chances * (1 - chances) / 4000) + 1e-9).all()
+        assert not seen[4:].any()
+    cold = bn.sample_pairs(jax.random.key(0), made, state, feature, temperature=1e-6)
+    np.testing.assert_array_equal(cold, made.lookup(params, state, feature))
+    with pytest.raises(ValueError, match="temperature: got 0"):
+        bn.sample_pairs(jax.random.key(0), made, state, feature, temperature=0)

@@ -18,7 +18,6 @@ from jaxcl import nets, quantize, trees
 from jaxcl.continual import (
     Batch,
     Examples,
-    cross_entropy,
     key_value_bottleneck,
     linear_probe,
     metrics,

@@ -360,7 +360,7 @@ def temporary_bytes(function, n, size, width):
 
 
 def test_scores_of_all_codes_are_never_held():
-    """128 MiB of scores for 512 vectors and 65,536 codes, which the plain product is seen to hold; an eighth at most."""
+    """128 MiB of scores of 512 vectors and 65,536 codes, which the plain product is seen to hold; at most an eighth."""
     n, size, width = 512, 65_536, 16
     scores = n * size * 4
     assert temporary_bytes(lambda x, c: jnp.argmax(x @ c.T - (c * c).sum(-1) / 2, axis=-1), n, size, width) >= scores

@@ -301,6 +301,35 @@ def fit_epoch(
     return lax.scan(step, state, (jax.random.split(step_key, steps), order))[0]
 
 
+def sample_pairs(key: Key, bottleneck: Bottleneck, state: KeyState, features: Array, *, temperature: float) -> Array:
+    """Pairs drawn by their distance, in place of the nearest ones that `lookup` gives: [..., C, 1] int32.
+
+    A pair's chance is in proportion to exp(-squared distance / temperature), by Gumbel's trick (the authors'
+    `sample_codebook_temperature`). For training in which an example may fetch its neighbours' pairs too; all distances
+    of a codebook, [N, J], exist at a time.
+
+    Args:
+        key: decides; consumed.
+        bottleneck: the layer.
+        state: its keys.
+        features: [..., D].
+        temperature: above 0; towards it, the nearest pair alone.
+
+    Raises:
+        ValueError: a temperature of 0 or below.
+    """
+    check_between("temperature", temperature, 1e-30, float("inf"))
+    codebooks = len(state.active)
+
+    def draw(key: Key, x: Array, codebook: Array, active: Array) -> Array:
+        distances = squared_distances(x[:, None], codebook)
+        return jax.random.categorical(key, jnp.where(active, -distances / temperature, -jnp.inf))
+
+    own_keys, heads = jax.random.split(key, codebooks), bottleneck.heads(state, features)
+    drawn = _each_codebook(draw, own_keys, heads, state.keys.codebook, state.active)
+    return drawn.T.reshape(*features.shape[:-1], codebooks, 1).astype(jnp.int32)
+
+
 def pair_numbers(indices: Array, pairs: int) -> Array:
     """Rows of the table of values [C, J, V], its first two axes flattened, from indices [..., C, top_k]; int32."""
     return indices.astype(jnp.int32) + jnp.arange(indices.shape[-2], dtype=jnp.int32)[:, None] * pairs

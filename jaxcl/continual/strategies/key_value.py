@@ -13,6 +13,7 @@ from jaxcl.bottleneck import (
     Reference,
     care_for_keys,
     pair_numbers,
+    sample_pairs,
     vote,
 )
 from jaxcl.continual.strategies.contract import Apply, Batch, Metrics, Strategy, cross_entropy
@@ -139,6 +140,7 @@ def cared_key_value_bottleneck(
     *,
     refresh_every: int,
     policy: KeyPolicy = KeyPolicy(),  # noqa: B008  # it does not change
+    temperature: float = 0.0,
     classes: int | None = None,
     label_smoothing: float = 0.1,
 ) -> Strategy:
@@ -153,10 +155,12 @@ def cared_key_value_bottleneck(
         reference: what `bottleneck.reference_distances` made when they were.
         refresh_every: steps from one check of the keys to the next; 0 never cares.
         policy: see `bottleneck.care_for_keys`.
+        temperature: 0 trains what the nearest keys fetch; above, keys are drawn: see `bottleneck.sample_pairs`.
         classes: as in `key_value_bottleneck`.
         label_smoothing: as in `key_value_bottleneck`.
     """
     check_at_least("refresh_every", refresh_every, 0)
+    check_at_least("temperature", temperature, 0)
     inner = key_value_bottleneck(bottleneck, classes=classes, label_smoothing=label_smoothing)
 
     def init(key: Key, params: PyTree, batch: Batch) -> CaredKeys:
@@ -164,7 +168,10 @@ def cared_key_value_bottleneck(
         return CaredKeys(keys, reference, none, none.astype(jnp.int32), inner.init(key, params, batch))
 
     def gradients(key: Key, params: PyTree, state: CaredKeys, batch: Batch) -> tuple[PyTree, Metrics]:
-        indices = bottleneck.lookup(params, state.keys, batch.inputs)
+        if temperature:
+            indices = sample_pairs(key, bottleneck, state.keys, batch.inputs, temperature=temperature)
+        else:
+            indices = bottleneck.lookup(params, state.keys, batch.inputs)
         return inner.gradients(key, params, state.values, batch._replace(inputs=indices))
 
     def after_update(

@@ -1,0 +1,144 @@
+"""Training values that vote, for many epochs on one task, without touching their table: the same rule in its dual.
+
+A step of gradient descent moves each value by the updates of the examples that fetch it. So what a task has made of the
+values is known from one row an example, the sum of its updates; and the votes of example n have moved by the rows of
+all examples i, each taken as often as n and i fetch the same pair, over C. Those counts never change. A step is then a
+product [B, N] x [N, K] in place of B C reads and B C writes at random in a table.
+"""
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxcl.bottleneck.layer import pair_numbers, vote
+from jaxcl.trees import Rows, add_rows
+from jaxcl.typing import Array, ArrayLike, PyTree, bad_argument, check_between, check_labels, check_rank
+
+_ROWS = 256  # examples whose coincidences are counted at a time
+_TOGETHER = 16  # comparisons in one pass over the counts
+
+
+class TaskVotes(NamedTuple):
+    """A task's examples, and what training on them has moved."""
+
+    indices: Array  # [N, C, top_k]
+    labels: Array  # [N] int32
+    coincidences: Array  # [N, N] uint16, in how many codebooks (and places of top_k) two examples fetch the same pair
+    before: Array  # [N, K], votes when the task began
+    moves: Array  # [N, K], the sum of each example's updates of every value that it fetches
+
+
+@jax.jit
+def coincidences(indices: ArrayLike, others: ArrayLike) -> Array:
+    """How many pairs two examples both fetch: [N, M] uint16 from indices [N, C, top_k] and [M, C, top_k]."""
+    ours, theirs = (jnp.asarray(part) for part in (indices, others))
+    count, codebooks, top_k = ours.shape
+    # Comparison t of `terms` is of one column of ours with one of theirs.
+    columns = ours.reshape(count, -1).T[_columns(codebooks, top_k, repeat=True)]
+    rows = theirs.reshape(len(theirs), -1).T[_columns(codebooks, top_k, repeat=False)]
+    columns = _padded(columns, -len(columns) % _TOGETHER, -count % _ROWS)
+    rows = _padded(rows, len(columns) - len(rows), 0)
+    wanted = jnp.arange(len(columns)) < codebooks * top_k**2
+
+    def block(part: Array) -> Array:  # [terms, rows of ours]
+        def add(number: Array | int, counts: Array) -> Array:
+            for offset in range(_TOGETHER):
+                term = number * _TOGETHER + offset
+                equal = (part[term][:, None] == rows[term][None]) & wanted[term]
+                counts += equal.astype(jnp.uint16)
+            return counts
+
+        zeros = jnp.zeros((_ROWS, len(theirs)), jnp.uint16)
+        return lax.fori_loop(0, len(columns) // _TOGETHER, add, zeros)
+
+    parts = columns.reshape(len(columns), -1, _ROWS).swapaxes(0, 1)
+    return lax.map(block, parts).reshape(-1, len(theirs))[:count]
+
+
+def begin_votes(params: PyTree, indices: ArrayLike, labels: ArrayLike, *, classes: int) -> TaskVotes:
+    """The task before any training on it; the counts take 2 N^2 bytes.
+
+    Args:
+        params: of a bottleneck, values [C, J, V].
+        indices: what each of the task's examples fetches, [N, C, top_k], as `Bottleneck.lookup` gives it.
+        labels: [N].
+        classes: K, at most V.
+
+    Raises:
+        ValueError: an argument of another shape, or more than 65,535 places C top_k^2, which the counts cannot hold.
+    """
+    indices, values = jnp.asarray(indices), params["values"]
+    check_rank("indices", indices, 3)
+    check_between("classes", classes, 1, values.shape[-1])
+    if len(labels) != len(indices):
+        raise bad_argument("labels", f"{len(labels)} of them", f"pass one for each of {len(indices)} examples")
+    check_labels("labels", labels, classes)
+    check_between("C * top_k", indices.shape[1] * indices.shape[2], 1, 2**16 - 1)
+    table = values.reshape(-1, values.shape[-1])
+    before = vote(table[pair_numbers(indices, values.shape[1])])[:, :classes]
+    return TaskVotes(
+        indices, jnp.asarray(labels, jnp.int32), coincidences(indices, indices), before, jnp.zeros_like(before)
+    )
+
+
+@partial(jax.jit, donate_argnums=0)
+def train_votes(
+    votes: TaskVotes, order: Array, *, learning_rate: float, label_smoothing: float = 0.1
+) -> tuple[TaskVotes, Array]:
+    """Steps of gradient descent on the cross entropy of the vote, in one compiled call.
+
+    As `continual.key_value_bottleneck` with `sparse_sgd`, to rounding. The published clipping, to a norm of 1, is left
+    out: the norm of such a gradient is at most ``sqrt(2 top_k / C)``.
+
+    Args:
+        votes: the task; consumed.
+        order: [P, B] int32, the examples of each step, distinct; -1 fills up. Calls with other P compile anew.
+        learning_rate: constant; 0.3 is published.
+        label_smoothing: 0.1 is published.
+
+    Returns:
+        (the task after P steps, the mean loss over them [] in nats).
+    """
+    codebooks, classes = votes.indices.shape[1], votes.moves.shape[1]
+
+    def step(number: Array | int, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+        moves, loss = carry
+        rows = order[number]
+        real = rows >= 0
+        rows = jnp.where(real, rows, len(moves))  # out of range: read as anything, written nowhere
+        counts, before, labels = (
+            part.at[rows].get(mode="clip") for part in (votes.coincidences, votes.before, votes.labels)
+        )
+        moved = jnp.matmul(counts.astype(jnp.float32), moves, precision=lax.Precision.HIGHEST) / codebooks
+        logits = before + moved
+        target = jax.nn.one_hot(labels, classes) * (1 - label_smoothing) + label_smoothing / classes
+        share = (real / real.sum())[:, None]
+        loss -= jnp.sum(target * jax.nn.log_softmax(logits) * share)
+        gradients = (jax.nn.softmax(logits) - target) * share / codebooks  # of the values that each example fetches
+        return moves.at[rows].add(-learning_rate * gradients, mode="drop"), loss
+
+    moves, loss = lax.fori_loop(0, len(order), step, (votes.moves, jnp.float32(0)))
+    return votes._replace(moves=moves), loss / len(order)
+
+
+@jax.jit
+def end_votes(params: PyTree, votes: TaskVotes) -> PyTree:
+    """The params with the values as training on the task left them."""
+    values = params["values"]
+    columns = jnp.pad(votes.moves, ((0, 0), (0, values.shape[-1] - votes.moves.shape[1])))
+    moved = jnp.broadcast_to(columns[:, None, None], (*votes.indices.shape, values.shape[-1]))
+    return params | {"values": add_rows(values, Rows(pair_numbers(votes.indices, values.shape[1]), moved))}
+
+
+def _columns(codebooks: int, top_k: int, *, repeat: bool) -> Array:
+    """For each codebook and each two places of top_k, the column of the first (repeat) or of the second."""
+    places = jnp.arange(top_k)
+    own = jnp.repeat(places, top_k) if repeat else jnp.tile(places, top_k)
+    return (jnp.arange(codebooks)[:, None] * top_k + own).reshape(-1)
+
+
+def _padded(array: Array, rows: int, columns: int) -> Array:
+    return jnp.pad(array, ((0, rows), (0, columns)))
