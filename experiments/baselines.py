@@ -27,7 +27,7 @@ from experiments import compare
 from experiments.card import Card
 from experiments.common import Run, RunConfig, parse_command
 from experiments.features import load_features
-from experiments.keys import train_bottleneck
+from experiments.keys import KeyFitting, train_bottleneck
 from jaxcl import bottleneck, continual, nets
 from jaxcl.continual import Strategy, Stream, streams
 
@@ -162,7 +162,7 @@ def run(config: Config) -> dict[str, Any]:
             )  # fmt: skip
             train_bottleneck(
                 run, layer, config.dkvb_learning_rate, tasks, [key[1] for key in keys], run_keys, classes=10,
-                key_epochs=config.key_epochs, key_batch_size=config.key_batch_size, **steps,
+                fitting=KeyFitting(config.key_epochs, config.key_batch_size), **steps,
             )  # fmt: skip
             continue
         of_method = [streams.joint(stream) for stream in tasks] if name == "joint" else tasks

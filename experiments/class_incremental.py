@@ -10,12 +10,13 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from experiments.common import Run, RunConfig
 from experiments.features import DataName, EncoderName, load_features
-from experiments.keys import train_bottleneck
-from jaxcl import bottleneck, continual, nets
+from experiments.keys import KeyFitting, key_figures, train_bottleneck
+from jaxcl import bottleneck, continual, data, nets
 from jaxcl.continual import Strategy, Stream, streams
 from jaxcl.typing import Key
 
@@ -39,6 +40,8 @@ class Config(RunConfig):
     """Which methods to run."""
     classes_per_task: int = 2
     """New classes in each task."""
+    blurry: float = 0.0
+    """Share of each task's training examples that come in the other tasks. With --epochs 1 a stream is online too."""
     validation: bool = False
     """Test on a fifth of the training set, held out, instead of the test set: for choosing settings."""
     limit: int | None = None
@@ -52,8 +55,14 @@ class Config(RunConfig):
     """Key-value bottleneck: width of a key (W)."""
     top_k: int = 1
     """Key-value bottleneck: pairs fetched from each codebook."""
+    projection: Literal["random", "chunk", "learned"] = "random"
+    """Key-value bottleneck: what makes heads of a feature. learned is random directions of the space in which the key
+    source varies, whitened; chunk needs features as wide as all keys of an example."""
+    key_source: Literal["stream", "noise", "digits", "mnist", "cifar10", "agnews", "dbpedia"] = "stream"
+    """Key-value bottleneck: unlabelled examples that fit the keys: those of the stream, of another data set (with the
+    same encoder), or noise, the data's pixels or tokens mixed up."""
     key_epochs: int = 10
-    """Key-value bottleneck: passes over the unlabelled training features that fit the keys."""
+    """Key-value bottleneck: passes over the key source that fit the keys."""
     key_batch_size: int = 256
     """Key-value bottleneck: examples in a step of key fitting."""
     learning_rate: float = 0.3
@@ -63,6 +72,14 @@ class Config(RunConfig):
     value_width: int | None = None
     """Key-value bottleneck: floats of a value, as many as classes if not given. A table larger than the cache trains
     faster if a value is a cache line, 16."""
+
+    decoder: Literal["voting", "linear", "mlp"] = "voting"
+    """Key-value bottleneck: what makes logits of values; mlp has a hidden layer of 128."""
+    train_decoder: bool = False
+    """Key-value bottleneck: whether a linear or mlp decoder learns; the authors leave it as drawn."""
+    dual: bool = False
+    """Key-value bottleneck: train votes by how many pairs two examples share, [N, N] for a task of N: the same rule,
+    faster from some hundred epochs on."""
 
     hidden: tuple[int, ...] = (64,)
     """Naive and joint training: widths of the hidden layers of the MLP."""
@@ -87,10 +104,7 @@ def run(config: Config, *, experiment: str) -> dict[str, Any]:
         config.data, encoder=config.encoder, folder=config.features, validation=config.validation, limit=config.limit
     )
     keys = [jax.random.split(jax.random.key(seed), 3) for seed in range(config.seeds)]
-    tasks = [
-        streams.class_incremental(stream_key, *split, classes_per_task=config.classes_per_task)
-        for stream_key, _, _ in keys
-    ]
+    tasks = [_stream(config, stream_key, split) for stream_key, _, _ in keys]
     init_keys, run_keys = [key[1] for key in keys], jnp.stack([key[2] for key in keys])
     closed_forms = {
         "nearest_class_mean": continual.nearest_class_mean(),
@@ -108,6 +122,12 @@ def run(config: Config, *, experiment: str) -> dict[str, Any]:
         else:
             _mlp(run, config, name, of_method, init_keys, run_keys)
     return run.finish()
+
+
+def _stream(config: Config, key: Key, split: data.Split) -> Stream:
+    if config.blurry:
+        return streams.blurry(key, *split, classes_per_task=config.classes_per_task, share=config.blurry)
+    return streams.class_incremental(key, *split, classes_per_task=config.classes_per_task)
 
 
 def _mlp(run: Run, config: Config, name: str, tasks: Sequence[Stream], init_keys: Sequence[Key], keys: Key) -> None:
@@ -134,7 +154,15 @@ def _closed_form(run: Run, config: Config, name: str, strategy: Strategy, tasks:
 
 
 def _bottleneck(run: Run, config: Config, tasks: Sequence[Stream], init_keys: Sequence[Key], keys: Key) -> None:
-    classes = tasks[0].eligible.shape[1]
+    classes, source = tasks[0].eligible.shape[1], None
+    if config.key_source != "stream":
+        noise = config.key_source == "noise"
+        name = config.data if config.key_source == "noise" else config.key_source
+        source = np.asarray(
+            load_features(
+                name, encoder=config.encoder, folder=config.features, limit=config.limit, noise=noise
+            ).train.inputs
+        )
     layer = bottleneck.discrete_key_value_bottleneck(
         tasks[0].train.inputs.shape[1],
         config.value_width or classes,
@@ -142,9 +170,13 @@ def _bottleneck(run: Run, config: Config, tasks: Sequence[Stream], init_keys: Se
         pairs=config.pairs,
         key_width=config.key_width,
         top_k=config.top_k,
+        projection="chunk" if config.projection == "chunk" else "random",
     )
-    train_bottleneck(
+    hidden = {"voting": None, "linear": (), "mlp": (128,)}[config.decoder]
+    indexed = train_bottleneck(
         run, layer, config.learning_rate, tasks, init_keys, keys, classes=classes,
-        key_epochs=config.key_epochs, key_batch_size=config.key_batch_size,
-        epochs=config.epochs, batch_size=config.batch_size, steps_per_call=64,
+        fitting=KeyFitting(config.key_epochs, config.key_batch_size, source, config.projection == "learned"),
+        decoder=None if hidden is None else nets.MLP(hidden, classes), train_decoder=config.train_decoder,
+        dual=config.dual, epochs=config.epochs, batch_size=config.batch_size, steps_per_call=64,
     )  # fmt: skip
+    run.figures |= key_figures(layer, indexed[0], tasks[0])

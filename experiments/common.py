@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
 import jax
 import numpy as np
@@ -24,6 +24,9 @@ from tqdm import tqdm
 from jaxcl import continual, files, report
 from jaxcl.continual import Checkpoint, Progress, Result, Strategy, Stream, metrics, sharding
 from jaxcl.typing import Key, PyTree, bad_argument, check_at_least, check_choice
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Config = TypeVar("Config", bound="BaseConfig")
 
@@ -165,6 +168,7 @@ class Run:
         self._mesh = sharding.make_mesh(_axes(config.mesh)) if config.mesh else None
         self._results: dict[str, list[Result]] = {}
         self._costs: dict[str, dict[str, Any]] = {}
+        self.figures: dict[str, Figure] = {}  # of the experiment's own, by caption, for the report
         self._settings = claim_folder(config, writes=self._writes)
 
     def finished(self) -> dict[str, Any] | None:
@@ -204,9 +208,13 @@ class Run:
             results = continual.run_seeds(
                 keys, strategy, tx, params, streams, epochs=epochs, batch_size=batch_size,
                 steps_per_call=steps_per_call, together=True, mesh=self._mesh,
-                checkpoint=Checkpoint(out / "checkpoints" / name, self._config.checkpoint_seconds),
+                checkpoint=Checkpoint(self.checkpoints(name), self._config.checkpoint_seconds),
                 callback=watch,
             )  # fmt: skip
+        self.keep(name, results, stages)
+
+    def keep(self, name: str, results: list[Result], stages: Sequence[FeatureStage] = ()) -> None:
+        """Keeps results, one a seed, under `name`; `stages` count towards bytes and seconds, as in `train`."""
         for seed, stage in enumerate(stages):
             result = results[seed]
             results[seed] = result._replace(bytes=result.bytes + stage.bytes, seconds=result.seconds + stage.seconds)
@@ -218,6 +226,14 @@ class Run:
             peak_memory=[peak for _ in results],
             compilations=[sum(r.compilations.values()) for r in results],
         )
+
+    def checkpoints(self, name: str) -> Path:
+        """The folder for the checkpoints of method `name`."""
+        return self._config.out / "checkpoints" / name
+
+    def due(self, written: float) -> bool:
+        """Whether this process is to write a checkpoint, the last one being of `written` (by `time.perf_counter`)."""
+        return self._writes and time.perf_counter() - written >= self._config.checkpoint_seconds
 
     def finish(self) -> dict[str, Any]:
         """Writes metrics.json, accuracy.csv, history.csv and report.html; returns what is in metrics.json."""
@@ -237,7 +253,7 @@ class Run:
                     report.accuracy_over_tasks(accuracy)
                 ),
                 "Accuracy on each task after each training task, mean over seeds": report.accuracy_matrices(accuracy),
-            }
+            } | self.figures
             out = self._config.out
             report.write_accuracy_csv(out / "accuracy.csv", accuracy, seeds=range(self._config.seeds))
             files.write_atomic(out / "history.csv", self._history())

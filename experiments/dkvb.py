@@ -44,7 +44,7 @@ def preset(name: str, data: str) -> Config:
     if name == "paper":
         return Config(
             **shared, codebooks=256, pairs=4096, key_width=14, key_epochs=10, key_batch_size=256, learning_rate=0.3,
-            epochs=2000, baseline_epochs=2000, batch_size=256,
+            epochs=2000, dual=True, baseline_epochs=2000, batch_size=256,
         )  # fmt: skip
     if data == "mnist":
         return Config(

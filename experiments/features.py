@@ -25,6 +25,7 @@ def load_features(
     folder: Path = Path("runs/features"),
     validation: bool = False,
     limit: int | None = None,
+    noise: bool = False,
 ) -> data.Split:
     """Features [N, D] float32 and labels of a data set.
 
@@ -34,6 +35,8 @@ def load_features(
         folder: where a network's features are kept, so that they are computed once.
         validation: test on a fifth of train, held out, instead of test.
         limit: use the first so many training examples and a fifth as many test examples.
+        noise: put in place of each value of an example, a pixel or a token, the one that another example, drawn for
+            each value anew, has there.
 
     Raises:
         ValueError: an encoder that does not fit the data; or as `data.load`, `data.cl_text` and the encoders.
@@ -47,6 +50,9 @@ def load_features(
         check_at_least("limit", limit, 1)
         parts = zip(split, (limit, -(-limit // 5)), strict=True)
         split = data.Split(*(jax.tree.map(lambda leaf: leaf[:count], part) for part, count in parts))  # noqa: B023
+    if noise:
+        rng = np.random.default_rng(0)
+        split = data.Split(*(part._replace(inputs=rng.permuted(np.asarray(part.inputs), axis=0)) for part in split))
     if encoder == "pixels":
         split = data.flat_features(split)
     elif encoder == "minilm":

@@ -1,17 +1,44 @@
 """The key-value bottleneck in two stages, as several experiments train it: keys are fitted, then only values learn."""
 
+import io
 import time
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from experiments.common import FeatureStage, Run
-from jaxcl import bottleneck, continual, trees
-from jaxcl.bottleneck import Bottleneck
-from jaxcl.continual import Stream, streams
-from jaxcl.typing import ArrayLike, Key, PyTree
+from jaxcl import bottleneck, continual, files, nets, report, trees
+from jaxcl.bottleneck import Bottleneck, KeyState
+from jaxcl.continual import Examples, Result, Stream, streams
+from jaxcl.continual.compilations import count_compilations
+from jaxcl.typing import Array, ArrayLike, Key, PyTree, bad_argument
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_EPOCHS_A_CALL = 10  # of training in the dual
+
+
+class KeyFitting(NamedTuple):
+    """How keys come to lie where features do."""
+
+    epochs: int  # passes over the source
+    batch_size: int  # examples in a step
+    source: ArrayLike | None = None  # unlabelled features [N, D]; None takes those of the first seed's stream
+    learned: bool = False  # whether the projection is learned from them
+
+
+class Indexed(NamedTuple):
+    """A seed's bottleneck with its keys, and the stream as what they fetch."""
+
+    params: PyTree
+    state: KeyState
+    stream: Stream  # of indices [N, C, top_k] uint16
+    stage: FeatureStage
 
 
 def train_bottleneck(
@@ -23,59 +50,260 @@ def train_bottleneck(
     keys: Key,
     *,
     classes: int,
-    key_epochs: int,
-    key_batch_size: int,
-    **steps: Any,
-) -> None:
-    """Fits the keys to the features of the first seed's stream without labels, then trains the values of each seed.
+    fitting: KeyFitting,
+    decoder: nets.MLP | None = None,
+    train_decoder: bool = False,
+    dual: bool = False,
+    epochs: int,
+    batch_size: int,
+    steps_per_call: int | None = None,
+) -> list[Indexed]:
+    """Fits the keys without labels, then trains the values of each seed; returns what was trained on.
 
     Args:
         run: keeps the results as "dkvb".
         layer: the bottleneck.
         learning_rate: of gradient descent on the values; the global norm is clipped to 1.
-        tasks: one stream a seed, of features [N, D].
+        tasks: one stream a seed, of features [N, D] or feature maps [N, P, D].
         init_keys: one a seed; consumed.
         keys: [S], one a seed, for training; consumed.
         classes: K, which values may be wider than.
-        key_epochs: passes over the features.
-        key_batch_size: examples in a step of key fitting.
-        steps: further arguments of `Run.train`.
+        fitting: of the keys.
+        decoder: a network of the values, drawn for each seed; None lets them vote.
+        train_decoder: whether it learns with the values.
+        dual: whether values are trained by `bottleneck.train_votes`.
+        epochs: passes over each task.
+        batch_size: examples in a step.
+        steps_per_call: as in `continual.run`.
+
+    Raises:
+        ValueError: a decoder in the dual.
     """
-    features = jnp.asarray(tasks[0].train.inputs)
-    params, indexed, stages = _fit_and_look_up(
-        run, layer, features, tasks, init_keys, epochs=key_epochs, batch_size=key_batch_size
-    )
+    if dual and decoder:
+        raise bad_argument("dual", dual, "a decoder is trained without it: leave one of the two out")
+    source = tasks[0].train.inputs if fitting.source is None else fitting.source
+    source = jnp.asarray(source).reshape(-1, source.shape[-1])
+    indexed = _fit_and_look_up(run, layer, fitting, source, tasks, init_keys)
+    params, stages = [seed.params for seed in indexed], [seed.stage for seed in indexed]
+    if decoder:
+        params = [
+            _with_decoder(jax.random.fold_in(key, 1), decoder, layer, values, seed.stream)
+            for key, values, seed in zip(init_keys, params, indexed, strict=True)
+        ]
+    streams_ = [seed.stream for seed in indexed]
+    if dual:
+        steps: dict[str, Any] = {
+            "classes": classes, "learning_rate": learning_rate, "epochs": epochs, "batch_size": batch_size,
+        }  # fmt: skip
+        run.keep("dkvb", [
+            _train_in_dual(run, layer, start, stream, key, f"seed_{seed}", **steps)
+            for seed, (start, stream, key) in enumerate(zip(params, streams_, keys, strict=True))
+        ], stages)  # fmt: skip
+        return indexed
     tx = bottleneck.sparse_sgd(learning_rate, max_norm=1.0)
-    strategy = continual.key_value_bottleneck(layer, classes=classes)
-    run.train("dkvb", strategy, tx, params, indexed, keys, stages=stages, **steps)
+    strategy = continual.key_value_bottleneck(
+        layer, classes=classes, decoder=decoder.apply if decoder else None, train_decoder=train_decoder
+    )
+    run.train(
+        "dkvb", strategy, tx, params, streams_, keys, epochs=epochs, batch_size=batch_size,
+        steps_per_call=steps_per_call, stages=stages,
+    )  # fmt: skip
+    return indexed
+
+
+def key_figures(layer: Bottleneck, indexed: Indexed, stream: Stream, *, examples: int = 1000) -> "dict[str, Figure]":
+    """Figures of one seed's keys by caption; `stream` is what was indexed, of which some `examples` are drawn.
+
+    They are of what was looked up: in training for the use of keys, in training and test for distances.
+    """
+    fetched, labels = np.asarray(indexed.stream.train.inputs), np.asarray(stream.train.labels)
+    codebooks, pairs = indexed.state.usage.shape
+    flat = fetched.reshape(-1, codebooks, fetched.shape[-1])
+    usage = np.stack([np.bincount(flat[:, codebook].reshape(-1), minlength=pairs) for codebook in range(codebooks)])
+    classes = stream.eligible.shape[1]
+    by_class = np.stack(
+        [np.bincount(fetched[labels == k][..., 0, :].reshape(-1), minlength=pairs) for k in range(classes)]
+    )
+    distances, heads = {}, np.empty(0)
+    for name, part, indices in (
+        ("training examples", stream.train, indexed.stream.train.inputs),
+        ("test examples", stream.test, indexed.stream.test.inputs),
+    ):
+        rows = np.linspace(0, len(part.labels) - 1, min(examples, len(part.labels))).astype(int)
+        features = jnp.asarray(part.inputs[rows])
+        distances[name] = np.asarray(layer.distances(indexed.state, features, jnp.asarray(indices[rows])))
+        heads = np.asarray(layer.heads(indexed.state, features)[0]).reshape(
+            len(rows), -1, indexed.state.keys.codebook.shape[-1]
+        )[:, 0]
+        shown = np.asarray(part.labels)[rows]
+    return {
+        "How many of its keys each codebook uses (first seed, training examples)": report.key_utilisation(usage),
+        "Which keys of the first codebook which classes use": report.keys_by_class(by_class),
+        "Keys of the first codebook among heads of test examples": report.keys_among_heads(
+            heads, shown, np.asarray(indexed.state.keys.codebook[0])
+        ),
+        "How far heads are from the keys they fetch": report.distance_histograms(distances),
+    }
 
 
 def _fit_and_look_up(
     run: Run,
     layer: Bottleneck,
-    features: ArrayLike,
+    fitting: KeyFitting,
+    source: Array,
     tasks: Sequence[Stream],
     keys: Sequence[Key],
-    *,
-    epochs: int,
-    batch_size: int,
-) -> tuple[list[PyTree], list[Stream], list[FeatureStage]]:
-    """For each seed: the bottleneck's initial params, the stream of indices [N, C, top_k] uint16, and what it took."""
+) -> list[Indexed]:
+    """Keys are saved as they are fitted, so that a run that was stopped goes on with them."""
     lookup = jax.jit(layer.lookup)
-    params, indexed, stages = [], [], []
-    with run.bar("dkvb keys", len(tasks) * (epochs + 1), "epoch") as bar:
-        for key, stream in zip(keys, tasks, strict=True):
-            began = time.perf_counter()
-            init_key, *epoch_keys = jax.random.split(key, 1 + epochs)
+    indexed = []
+    with run.bar("dkvb keys", len(tasks) * (fitting.epochs + 1), "epoch") as bar:
+        for seed, (key, stream) in enumerate(zip(keys, tasks, strict=True)):
+            began, path = time.perf_counter(), run.checkpoints("dkvb") / f"seed_{seed}_keys.npz"
+            init_key, *epoch_keys = jax.random.split(key, 1 + fitting.epochs)
             values, state = layer.init(init_key)
-            for epoch_key in epoch_keys:
-                state = bottleneck.fit_epoch(epoch_key, layer, values, state, features, batch_size=batch_size)
+            if fitting.learned:
+                state = bottleneck.learn_projection(jax.random.fold_in(key, 2), state, source)
+            done, before = 0, 0.0
+            if saved := load_tree(path, (state, {"done": np.zeros(2)})):
+                state, done, before = saved[0], int(saved[1]["done"][0]), float(saved[1]["done"][1])
+            bar.update(done)
+            written = time.perf_counter()
+            for number in range(done, fitting.epochs):
+                state = bottleneck.fit_epoch(
+                    epoch_keys[number], layer, values, state, source, batch_size=fitting.batch_size
+                )
                 jax.block_until_ready(state)
                 bar.update()
+                if run.due(written) or (number + 1 == fitting.epochs and run.due(began)):
+                    written = time.perf_counter()
+                    save_tree(path, (state, {"done": np.array([number + 1, before + written - began])}))
             # Keys never move again, so what each example fetches is known for good: train on that.
-            indexed.append(streams.map_inputs(stream, lambda x: lookup(values, state, x).astype(jnp.uint16)))  # noqa: B023
+            looked_up = streams.map_inputs(stream, lambda x: lookup(values, state, x).astype(jnp.uint16))  # noqa: B023
             bar.update()
-            params.append(values)
             kept = trees.byte_count((state.projection, state.keys.codebook))
-            stages.append(FeatureStage(kept, time.perf_counter() - began))
-    return params, indexed, stages
+            stage = FeatureStage(kept, before + time.perf_counter() - began)
+            indexed.append(Indexed(values, state, looked_up, stage))
+    return indexed
+
+
+def _with_decoder(key: Key, decoder: nets.MLP, layer: Bottleneck, params: PyTree, stream: Stream) -> PyTree:
+    """Params with a decoder that is drawn; behind hidden layers values are too, since zero ones would learn nothing."""
+    decoder_key, values_key = jax.random.split(key)
+    if decoder.hidden:
+        params = params | {"values": jax.random.normal(values_key, params["values"].shape)}
+    fetched = layer.read(params, jnp.asarray(stream.train.inputs[np.arange(1)]))
+    return params | {"decoder": decoder.init(decoder_key, fetched)}
+
+
+def _train_in_dual(
+    run: Run,
+    layer: Bottleneck,
+    params: PyTree,
+    stream: Stream,
+    key: Key,
+    name: str,
+    *,
+    classes: int,
+    learning_rate: float,
+    epochs: int,
+    batch_size: int,
+) -> Result:
+    """What `continual.run` leaves, of one seed whose values are trained in the dual; goes on where it was stopped."""
+    path = run.checkpoints("dkvb") / f"{name}_values.npz"
+    bits = np.ravel(jax.random.key_data(key)).tolist()
+    began, stages = time.perf_counter(), len(stream.train_sets)
+    answers = jax.jit(
+        lambda params, indices: jnp.argmax(bottleneck.vote(layer.read(params, indices))[..., :classes], -1)
+    )
+    tests = [Examples(stream.test.inputs[part.rows], stream.test.labels[part.rows]) for part in stream.test_sets]
+
+    def accuracy(params: PyTree) -> np.ndarray:
+        return np.array([float((answers(params, test.inputs) == test.labels).mean()) for test in tests])
+
+    most = max(len(part.rows) for part in stream.train_sets)
+    progress: dict[str, Any] = {
+        "stage": np.int64(0), "epoch": np.int64(0), "seconds": np.float64(0), "accuracy": np.zeros((stages, stages)),
+        "losses": np.zeros((stages, epochs)), "moves": np.zeros((most, classes), np.float32),
+    }  # fmt: skip
+    untrained = accuracy(params)
+    if saved := load_tree(path, (params, progress)):
+        params, progress = saved
+    before = float(progress["seconds"])
+
+    def save(epoch: int, moves: ArrayLike) -> None:
+        progress["moves"][: len(moves)], progress["epoch"] = np.asarray(moves), np.int64(epoch)
+        progress["seconds"] = np.float64(before + time.perf_counter() - began)
+        save_tree(path, (params, progress))
+
+    written = time.perf_counter()
+    with (
+        count_compilations(("coincidences", "train_votes", "end_votes")) as compilations,
+        run.bar("dkvb", stages * epochs, "epoch") as bar,
+    ):
+        bar.update(int(progress["stage"]) * epochs + int(progress["epoch"]))
+        for stage in range(int(progress["stage"]), stages):
+            rows = stream.train_sets[stage].rows
+            votes = bottleneck.begin_votes(
+                params, stream.train.inputs[rows], np.asarray(stream.train.labels)[rows], classes=classes
+            )
+            votes = votes._replace(moves=jnp.asarray(progress["moves"][: len(rows)]))
+            for epoch in range(int(progress["epoch"]), epochs, _EPOCHS_A_CALL):
+                # In the order of `continual.run`.
+                orders = [
+                    _order(np.random.default_rng([*bits, stage, number]).permutation(len(rows)), batch_size)
+                    for number in range(epoch, min(epoch + _EPOCHS_A_CALL, epochs))
+                ]
+                votes, loss = bottleneck.train_votes(votes, np.concatenate(orders), learning_rate=learning_rate)
+                progress["losses"][stage, epoch : epoch + len(orders)] = float(loss)
+                bar.update(len(orders))
+                bar.set_postfix(loss=f"{float(loss):.3f}", refresh=False)
+                if run.due(written):
+                    written = time.perf_counter()
+                    save(epoch + len(orders), votes.moves)
+            params = bottleneck.end_votes(params, votes)
+            progress["accuracy"][stage] = accuracy(params)
+            progress["stage"], progress["moves"] = np.int64(stage + 1), np.zeros_like(progress["moves"])
+            if run.due(float("-inf")):
+                save(0, progress["moves"])
+    examples = epochs * sum(len(part.rows) for part in stream.train_sets)
+    history = [
+        {"stage": stage, "epoch": epoch, "loss": float(progress["losses"][stage, epoch])}
+        for stage in range(stages)
+        for epoch in range(epochs)
+    ]
+    return Result(
+        progress["accuracy"], untrained, history, params, (), trees.parameter_count(params), trees.byte_count(params),
+        examples, float(progress["seconds"]), dict(compilations),
+    )  # fmt: skip
+
+
+def _order(order: np.ndarray, batch_size: int) -> np.ndarray:
+    """[P, B] int32 with -1 to fill the last batch up."""
+    return np.pad(order, (0, -len(order) % batch_size), constant_values=-1).reshape(-1, batch_size).astype(np.int32)
+
+
+def save_tree(path: Path, tree: PyTree) -> None:
+    """Writes the leaves of a tree as an npz file, whole or not at all."""
+    content = io.BytesIO()
+    np.savez(content, *(np.asarray(leaf) for leaf in jax.tree.leaves(tree)))
+    files.write_atomic(path, content.getvalue())
+
+
+def load_tree(path: Path, like: PyTree) -> Any:
+    """The tree that `save_tree` wrote; None if there is none.
+
+    Raises:
+        ValueError: the file's leaves are not of the shapes and dtypes of `like`.
+    """
+    if not path.exists():
+        return None
+    leaves, structure = jax.tree.flatten(like)
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            saved = [file[f"arr_{number}"] for number in range(len(leaves))]
+    except (ValueError, KeyError, EOFError, OSError) as error:
+        raise bad_argument("out", f"{path}, which cannot be read ({error})", "remove it to begin anew") from error
+    if any(a.shape != np.shape(b) or a.dtype != b.dtype for a, b in zip(saved, leaves, strict=True)):
+        raise bad_argument("out", f"{path}, which another run left", "remove it to begin anew")
+    return jax.tree.unflatten(structure, saved)

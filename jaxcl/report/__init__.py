@@ -4,6 +4,7 @@ matplotlib and tensorboardX (``pip install "jaxcl[experiments]"``) are needed fo
 """
 
 from jaxcl.report.files import read_accuracy_csv, read_json, write_accuracy_csv, write_json
+from jaxcl.report.keys import distance_histograms, key_utilisation, keys_among_heads, keys_by_class
 from jaxcl.report.page import (
     figures_section,
     flat_settings,
@@ -33,6 +34,7 @@ __all__ = [
     "check_accuracy",
     "check_metrics",
     "curves_over_steps",
+    "distance_histograms",
     "figures_section",
     "flat_settings",
     "html_note",
@@ -40,6 +42,9 @@ __all__ = [
     "html_report",
     "html_table",
     "image_rows",
+    "key_utilisation",
+    "keys_among_heads",
+    "keys_by_class",
     "legend",
     "read_accuracy_csv",
     "read_json",
