@@ -15,8 +15,9 @@ import optax
 
 from experiments.common import Run, RunConfig
 from experiments.features import DataName, EncoderName, load_features
-from experiments.keys import KeyFitting, key_figures, train_bottleneck
+from experiments.keys import Indexed, KeyFitting, key_figures, train_bottleneck
 from jaxcl import bottleneck, continual, data, nets
+from jaxcl.bottleneck import Bottleneck
 from jaxcl.continual import Strategy, Stream, streams
 from jaxcl.typing import Key
 
@@ -38,6 +39,9 @@ class Config(RunConfig):
     """Folder that keeps the features of a network, which thus are computed once for all runs."""
     methods: tuple[Method, ...] = ("naive", "linear_probe", "dkvb", "joint")
     """Which methods to run."""
+    sweep: tuple[str, ...] = ()
+    """A grid: settings with values to try, as codebooks=16,64 key_width=8,14. Each point is a run in a folder of its
+    own in --out, which then holds compare.html."""
     classes_per_task: int = 2
     """New classes in each task."""
     blurry: float = 0.0
@@ -100,12 +104,7 @@ def run(config: Config, *, experiment: str) -> dict[str, Any]:
     run = Run(config, experiment)
     if document := run.finished():
         return document
-    split = load_features(
-        config.data, encoder=config.encoder, folder=config.features, validation=config.validation, limit=config.limit
-    )
-    keys = [jax.random.split(jax.random.key(seed), 3) for seed in range(config.seeds)]
-    tasks = [_stream(config, stream_key, split) for stream_key, _, _ in keys]
-    init_keys, run_keys = [key[1] for key in keys], jnp.stack([key[2] for key in keys])
+    tasks, init_keys, run_keys = prepare(config)
     closed_forms = {
         "nearest_class_mean": continual.nearest_class_mean(),
         "streaming_lda": continual.streaming_lda(shrinkage=config.lda_shrinkage),
@@ -116,12 +115,55 @@ def run(config: Config, *, experiment: str) -> dict[str, Any]:
         if name in closed_forms:
             _closed_form(run, config, name, closed_forms[name], of_method, run_keys)
         elif name == "dkvb":
-            _bottleneck(run, config, of_method, init_keys, run_keys)
+            train_dkvb(run, config, of_method, init_keys, run_keys)
         elif name.endswith("linear_probe"):
             _linear_probe(run, config, name, of_method, run_keys)
         else:
             _mlp(run, config, name, of_method, init_keys, run_keys)
     return run.finish()
+
+
+def train_dkvb(
+    run: Run, config: Config, tasks: Sequence[Stream], init_keys: Sequence[Key], keys: Key
+) -> tuple[Bottleneck, list[Indexed]]:
+    """Trains the bottleneck that `config` describes, as method "dkvb" of `run`; see `train_bottleneck`."""
+    classes, source = tasks[0].eligible.shape[1], None
+    if config.key_source != "stream":
+        noise = config.key_source == "noise"
+        name = config.data if config.key_source == "noise" else config.key_source
+        source = np.asarray(
+            load_features(
+                name, encoder=config.encoder, folder=config.features, limit=config.limit, noise=noise
+            ).train.inputs
+        )
+    layer = bottleneck.discrete_key_value_bottleneck(
+        tasks[0].train.inputs.shape[1],
+        config.value_width or classes,
+        codebooks=config.codebooks,
+        pairs=config.pairs,
+        key_width=config.key_width,
+        top_k=config.top_k,
+        projection="chunk" if config.projection == "chunk" else "random",
+    )
+    hidden = {"voting": None, "linear": (), "mlp": (128,)}[config.decoder]
+    indexed = train_bottleneck(
+        run, layer, config.learning_rate, tasks, init_keys, keys, classes=classes,
+        fitting=KeyFitting(config.key_epochs, config.key_batch_size, source, config.projection == "learned"),
+        decoder=None if hidden is None else nets.MLP(hidden, classes), train_decoder=config.train_decoder,
+        dual=config.dual, epochs=config.epochs, batch_size=config.batch_size, steps_per_call=64,
+    )  # fmt: skip
+    run.figures |= key_figures(layer, indexed[0], tasks[0])
+    return layer, indexed
+
+
+def prepare(config: Config) -> tuple[list[Stream], list[Key], Key]:
+    """For each seed a stream, a key for initial parameters, and [S] a key for training."""
+    split = load_features(
+        config.data, encoder=config.encoder, folder=config.features, validation=config.validation, limit=config.limit
+    )
+    keys = [jax.random.split(jax.random.key(seed), 3) for seed in range(config.seeds)]
+    tasks = [_stream(config, key[0], split) for key in keys]
+    return tasks, [key[1] for key in keys], jnp.stack([key[2] for key in keys])
 
 
 def _stream(config: Config, key: Key, split: data.Split) -> Stream:
@@ -151,32 +193,3 @@ def _linear_probe(run: Run, config: Config, name: str, tasks: Sequence[Stream], 
 
 def _closed_form(run: Run, config: Config, name: str, strategy: Strategy, tasks: Sequence[Stream], keys: Key) -> None:
     run.train(name, strategy, optax.identity(), [()] * len(tasks), tasks, keys, epochs=1, batch_size=config.batch_size)
-
-
-def _bottleneck(run: Run, config: Config, tasks: Sequence[Stream], init_keys: Sequence[Key], keys: Key) -> None:
-    classes, source = tasks[0].eligible.shape[1], None
-    if config.key_source != "stream":
-        noise = config.key_source == "noise"
-        name = config.data if config.key_source == "noise" else config.key_source
-        source = np.asarray(
-            load_features(
-                name, encoder=config.encoder, folder=config.features, limit=config.limit, noise=noise
-            ).train.inputs
-        )
-    layer = bottleneck.discrete_key_value_bottleneck(
-        tasks[0].train.inputs.shape[1],
-        config.value_width or classes,
-        codebooks=config.codebooks,
-        pairs=config.pairs,
-        key_width=config.key_width,
-        top_k=config.top_k,
-        projection="chunk" if config.projection == "chunk" else "random",
-    )
-    hidden = {"voting": None, "linear": (), "mlp": (128,)}[config.decoder]
-    indexed = train_bottleneck(
-        run, layer, config.learning_rate, tasks, init_keys, keys, classes=classes,
-        fitting=KeyFitting(config.key_epochs, config.key_batch_size, source, config.projection == "learned"),
-        decoder=None if hidden is None else nets.MLP(hidden, classes), train_decoder=config.train_decoder,
-        dual=config.dual, epochs=config.epochs, batch_size=config.batch_size, steps_per_call=64,
-    )  # fmt: skip
-    run.figures |= key_figures(layer, indexed[0], tasks[0])

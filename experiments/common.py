@@ -166,14 +166,16 @@ class Run:
         self._config, self._experiment, self._began = config, experiment, time.perf_counter()
         self._writes = jax.process_index() == 0
         self._mesh = sharding.make_mesh(_axes(config.mesh)) if config.mesh else None
-        self._results: dict[str, list[Result]] = {}
+        self.results: dict[str, list[Result]] = {}  # of each method, one a seed
         self._costs: dict[str, dict[str, Any]] = {}
-        self.figures: dict[str, Figure] = {}  # of the experiment's own, by caption, for the report
+        # What an experiment adds to the report: figures by caption, and to metrics.json under names of its own.
+        self.figures: dict[str, Figure] = {}
+        self.findings: dict[str, Any] = {}
         self._settings = claim_folder(config, writes=self._writes)
 
     def finished(self) -> dict[str, Any] | None:
         """What metrics.json holds if the run was finished before; it is told, and not done again."""
-        return finished_before(self._config.out, tell=self._tell)
+        return finished_before(self._config.out, tell=self.tell)
 
     def train(
         self,
@@ -218,7 +220,7 @@ class Run:
         for seed, stage in enumerate(stages):
             result = results[seed]
             results[seed] = result._replace(bytes=result.bytes + stage.bytes, seconds=result.seconds + stage.seconds)
-        self._results[name] = results
+        self.results[name] = results
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         self._costs[name] = over_seeds(
             seconds=[r.seconds for r in results],
@@ -237,16 +239,16 @@ class Run:
 
     def finish(self) -> dict[str, Any]:
         """Writes metrics.json, accuracy.csv, history.csv and report.html; returns what is in metrics.json."""
-        accuracy = {method: np.stack([r.accuracy for r in of_seeds]) for method, of_seeds in self._results.items()}
+        accuracy = {method: np.stack([r.accuracy for r in of_seeds]) for method, of_seeds in self.results.items()}
         document: dict[str, Any] = {
             "experiment": self._experiment,
             "preset": self._config.preset,
             "config": self._settings,
-            "results": {method: _results(of_seeds) for method, of_seeds in self._results.items()},
+            "results": {method: _results(of_seeds) for method, of_seeds in self.results.items()},
             "costs": self._costs,
             "environment": environment(),
             "seconds": time.perf_counter() - self._began,
-        }
+        } | self.findings
         if self._writes:
             figures = {
                 "Mean accuracy over the tasks seen so far; bands are 95 % intervals over seeds": (
@@ -259,8 +261,8 @@ class Run:
             files.write_atomic(out / "history.csv", self._history())
             files.write_atomic(out / "report.html", report.html_report(document, figures))
             report.write_json(out / "metrics.json", document)  # last: it says that the run is finished
-        self._tell(report.results_table(document["results"], document["costs"]))
-        self._tell(f"\nWrote {self._config.out}/report.html, metrics.json, config.json, accuracy.csv and history.csv.")
+        self.tell(report.results_table(document["results"], document["costs"]))
+        self.tell(f"\nWrote {self._config.out}/report.html, metrics.json, config.json, accuracy.csv and history.csv.")
         return document
 
     def bar(self, name: str, total: int, unit: str) -> "tqdm[Any]":
@@ -272,7 +274,7 @@ class Run:
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(["method", "seed", "stage", "epoch", "metric", "value"])
-        for method, of_seeds in self._results.items():
+        for method, of_seeds in self.results.items():
             for seed, result in enumerate(of_seeds):
                 for entry in result.history:
                     values = {name: value for name, value in entry.items() if name not in ("stage", "epoch")}
@@ -280,7 +282,8 @@ class Run:
                         writer.writerow([method, seed, entry["stage"], entry["epoch"], name, repr(value)])
         return text.getvalue()
 
-    def _tell(self, text: str) -> None:
+    def tell(self, text: str) -> None:
+        """Prints, in the first process."""
         if self._writes:
             print(text)
 

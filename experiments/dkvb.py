@@ -10,6 +10,7 @@ rate 0.3, batches of 256, 2,000 epochs a task), published for CIFAR-10 with a fr
 """
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -18,6 +19,7 @@ from experiments.card import Card
 from experiments.class_incremental import Config, Method
 from experiments.common import parse_command
 from experiments.features import DataName
+from experiments.sweep import run_grid
 
 CARDS = {
     "--preset smoke": Card("15 s", "that it runs: accuracies after two epochs say nothing"),
@@ -28,6 +30,7 @@ CARDS = {
     "--preset paper --data mnist": Card("hours, not measured", "published for CIFAR-10 with a frozen encoder only"),
 }
 
+DATA = get_args(DataName)
 ENCODERS = {"cifar10": "efficientnet_lite0", "agnews": "minilm", "dbpedia": "minilm"}
 
 
@@ -55,9 +58,9 @@ def preset(name: str, data: str) -> Config:
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    """Runs the experiment; returns what is in metrics.json."""
-    config = parse_command(preset, data=get_args(DataName), argv=argv, description=__doc__ or "")
-    return class_incremental.run(config, experiment="dkvb")
+    """Runs the experiment, or its last point in a sweep; returns what is in metrics.json."""
+    config = parse_command(preset, data=DATA, argv=argv, description=__doc__ or "")
+    return run_grid(config, partial(class_incremental.run, experiment="dkvb"))[-1]
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import io
 import time
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -302,7 +303,7 @@ def load_tree(path: Path, like: PyTree) -> Any:
     try:
         with np.load(path, allow_pickle=False) as file:
             saved = [file[f"arr_{number}"] for number in range(len(leaves))]
-    except (ValueError, KeyError, EOFError, OSError) as error:
+    except (ValueError, KeyError, EOFError, OSError, zipfile.BadZipFile) as error:
         raise bad_argument("out", f"{path}, which cannot be read ({error})", "remove it to begin anew") from error
     if any(a.shape != np.shape(b) or a.dtype != b.dtype for a, b in zip(saved, leaves, strict=True)):
         raise bad_argument("out", f"{path}, which another run left", "remove it to begin anew")

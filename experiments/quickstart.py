@@ -6,6 +6,7 @@ boundaries, no replay and no task identity at test time. Digits ship with scikit
 
 import dataclasses
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from experiments import class_incremental, dkvb
 from experiments.card import Card
 from experiments.class_incremental import Config
 from experiments.common import parse_command
+from experiments.sweep import run_grid
 
 CARDS = {
     "--preset smoke": Card("15 s", "that it runs: accuracies after two epochs say nothing"),
@@ -31,7 +33,7 @@ def preset(name: str, data: str) -> Config:
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Runs the experiment; returns what is in metrics.json."""
     config = parse_command(preset, data=("digits",), argv=argv, description=__doc__ or "")
-    return class_incremental.run(config, experiment="quickstart")
+    return run_grid(config, partial(class_incremental.run, experiment="quickstart"))[-1]
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from jaxcl.nets.mlp import MLP
 from jaxcl.nets.resnet import ResNet18
 from jaxcl.nets.seanet import SEANetDecoder, SEANetEncoder
 from jaxcl.nets.transformer import TokenTransformer
+from jaxcl.nets.vit import ViT, load_vit
 
 __all__ = [
     "BERT",
@@ -24,10 +25,12 @@ __all__ = [
     "SEANetDecoder",
     "SEANetEncoder",
     "TokenTransformer",
+    "ViT",
     "efficientnet_lite0_encoder",
     "efficientnet_lite0_preprocess",
     "load_bert",
     "load_efficientnet_lite0",
+    "load_vit",
     "mean_over_tokens",
     "minilm_encoder",
     "minilm_folder",

@@ -1,0 +1,99 @@
+"""Deleting a class from a trained key-value bottleneck: what it costs the class, and what it costs the others.
+
+The bottleneck of experiments.dkvb learns all classes in turn. Then each class is deleted from it, one at a time, by
+bottleneck.forget_class, which looks only at what the class's training examples fetch: nothing is trained again.
+
+What is removed: every value of which the class's examples made half of the fetches or more, as a whole; and in all
+other values the class's own entry, which is put below every other, so that the class is never the answer. What stays:
+the keys, which may lie where the class's examples were; how the class's examples moved other classes' entries in values
+that they shared; and, outside the bottleneck, the encoder, checkpoints and cached features.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments import class_incremental, dkvb
+from experiments.card import Card
+from experiments.class_incremental import Config
+from experiments.common import Run, over_seeds, parse_command
+from experiments.dkvb import DATA
+from experiments.keys import Indexed
+from jaxcl import bottleneck, report
+from jaxcl.bottleneck import Bottleneck
+from jaxcl.typing import PyTree, bad_argument
+
+CARDS = {
+    "--preset smoke": Card("10 s", "that it runs"),
+}
+
+
+def preset(name: str, data: str) -> Config:
+    """The presets of `experiments.dkvb`, the bottleneck alone."""
+    return dataclasses.replace(dkvb.preset(name, data), methods=("dkvb",), out=Path("runs/forget_class"))
+
+
+def delete_each(
+    layer: Bottleneck, indexed: Indexed, params: PyTree, labels: np.ndarray, classes: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Test accuracy of each class [K] before, and [K, K] of each class (columns) after each one's deletion (rows)."""
+    train, test = indexed.stream.train, indexed.stream.test
+    fetched, shown, answers = jnp.asarray(train.inputs), jnp.asarray(test.inputs), np.asarray(test.labels)
+    state = layer.count_usage(indexed.state, fetched)
+
+    @jax.jit
+    def predict(params: PyTree) -> jax.Array:
+        return jnp.argmax(bottleneck.vote(layer.read(params, shown))[..., :classes], axis=-1)
+
+    def by_class(params: PyTree) -> np.ndarray:
+        right = np.asarray(predict(params)) == answers
+        return np.array([right[answers == label].mean() for label in range(classes)])
+
+    after = []
+    for label in range(classes):
+        without, _ = bottleneck.forget_class(params, state, label, fetched[labels == label])
+        after.append(by_class(without))
+    return by_class(params), np.stack(after)
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """Runs the experiment; returns what is in metrics.json."""
+    config = parse_command(preset, data=DATA, argv=argv, description=__doc__ or "")
+    if config.methods != ("dkvb",) or config.decoder != "voting":
+        raise bad_argument("methods", (config.methods, config.decoder), "leave dkvb alone, with the voting decoder")
+    run = Run(config, "forget_class")
+    if document := run.finished():
+        return document
+    tasks, init_keys, keys = class_incremental.prepare(config)
+    layer, indexed = class_incremental.train_dkvb(run, config, tasks, init_keys, keys)
+    classes = tasks[0].eligible.shape[1]
+    found = [
+        delete_each(layer, of_seed, result.params, np.asarray(stream.train.labels), classes)
+        for of_seed, result, stream in zip(indexed, run.results["dkvb"], tasks, strict=True)
+    ]
+    rows = [["class", "before %", "after its deletion %", "largest change of another class, points"]]
+
+    for label in range(classes):
+        before = [of_seed[0][label] for of_seed in found]
+        after = [of_seed[1][label, label] for of_seed in found]
+        change = [np.abs(np.delete(of_seed[1][label] - of_seed[0], label)).max() for of_seed in found]
+        rows.append(
+            [str(label), *(f"{100 * np.mean(part):.1f}" for part in (before, after)), f"{100 * max(change):.2f}"]
+        )
+    run.findings["deletion"] = over_seeds(
+        accuracy_of_the_deleted=[float(of_seed[1].diagonal().mean()) for of_seed in found],
+        largest_change_of_another=[
+            float(np.abs((of_seed[1] - of_seed[0])[~np.eye(classes, dtype=bool)]).max()) for of_seed in found
+        ],
+    )
+    run.tell(report.text_table(rows))
+    return run.finish()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,118 @@
+"""The experiments with the key-value bottleneck: training in the dual, grids, key care, deleting a class."""
+
+import json
+
+import numpy as np
+import pytest
+
+from experiments import dkvb, forget_class, key_care, keys
+from jaxcl import bottleneck, report
+
+SMOKE = ["--preset", "smoke", "--seeds", "1", "--methods", "dkvb"]
+
+
+def run_dkvb(out, *options):
+    return dkvb.main([*SMOKE, "--out", str(out), *options])
+
+
+def test_training_in_the_dual_is_training_in_the_loop(tmp_path):
+    """The same order of batches, so the same accuracy after each task, and the same values."""
+    loop = run_dkvb(tmp_path / "loop", "--epochs", "4")
+    dual = run_dkvb(tmp_path / "dual", "--epochs", "4", "--dual")
+    for name in ("acc", "forgetting", "learning_accuracy", "parameters", "bytes"):
+        assert dual["results"]["dkvb"][name] == loop["results"]["dkvb"][name], name
+    accuracies = [report.read_accuracy_csv(tmp_path / name / "accuracy.csv")["dkvb"] for name in ("loop", "dual")]
+    np.testing.assert_array_equal(*accuracies)
+    assert dual["costs"]["dkvb"]["compilations"]["mean"] <= 10  # a program a size of task at most, two for its counts
+
+
+@pytest.mark.parametrize("calls", [1, 5, 8])
+def test_a_run_in_the_dual_that_is_stopped_goes_on(tmp_path, monkeypatch, calls):
+    """Stopped in the first task, in a later one, and between two: the results are those of an undisturbed run."""
+    options = ["--epochs", "25", "--dual", "--checkpoint-seconds", "0"]  # three calls a task
+    whole = run_dkvb(tmp_path / "whole", *options)
+    train, left = bottleneck.train_votes, [calls]
+
+    def stopping(*args, **settings):
+        if not left[0]:
+            raise KeyboardInterrupt
+        left[0] -= 1
+        return train(*args, **settings)
+
+    monkeypatch.setattr(keys.bottleneck, "train_votes", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        run_dkvb(tmp_path / "stopped", *options)
+    fitted = []
+    monkeypatch.setattr(keys.bottleneck, "train_votes", train)
+    monkeypatch.setattr(keys.bottleneck, "fit_epoch", lambda *args, **settings: fitted.append(args))
+    again = run_dkvb(tmp_path / "stopped", *options)
+    assert not fitted  # keys were kept
+    assert again["results"] == whole["results"]
+    assert (tmp_path / "stopped" / "history.csv").read_bytes() == (tmp_path / "whole" / "history.csv").read_bytes()
+
+
+def test_a_damaged_checkpoint_is_named(tmp_path):
+    folder = tmp_path / "run" / "checkpoints" / "dkvb"
+    folder.mkdir(parents=True)
+    (folder / "seed_0_keys.npz").write_bytes(b"not a checkpoint")
+    with pytest.raises(ValueError, match=r"out: got .*seed_0_keys.npz, which cannot be read .*; remove it"):
+        run_dkvb(tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--projection", "learned", "--key-source", "noise"],
+        ["--decoder", "linear", "--learning-rate", "30"],
+        ["--decoder", "mlp", "--train-decoder", "--blurry", "0.2"],
+        ["--classes-per-task", "1", "--epochs", "1", "--top-k", "2"],
+    ],
+)
+def test_options_of_the_method_run(tmp_path, options):
+    document = run_dkvb(tmp_path, *options)
+    assert document["results"]["dkvb"]["acc"]["mean"] > 0.05
+    page = (tmp_path / "report.html").read_text()
+    for caption in ("How many of its keys", "Which keys of the first codebook", "Keys of the first codebook among"):
+        assert caption in page
+
+
+def test_a_decoder_in_the_dual_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="dual: got True; a decoder is trained without it"):
+        run_dkvb(tmp_path, "--dual", "--decoder", "linear")
+
+
+def test_a_grid_runs_each_point_once_and_compares_them(tmp_path, capsys, monkeypatch):
+    options = ["--sweep", "codebooks=4,8", "pairs=16,32"]
+    document = run_dkvb(tmp_path, *options)
+    folders = [f"codebooks={codebooks},pairs={pairs}" for codebooks in (4, 8) for pairs in (16, 32)]
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*folders, "compare.html"])
+    for name in folders:
+        config = json.loads((tmp_path / name / "config.json").read_text())
+        assert f"codebooks={config['codebooks']},pairs={config['pairs']}" == name
+    assert document["config"]["pairs"] == 32
+    assert all(name in capsys.readouterr().out for name in [*folders][:1])
+    monkeypatch.setattr(dkvb.class_incremental, "prepare", None)
+    run_dkvb(tmp_path, *options)  # finished before: nothing runs again
+
+
+@pytest.mark.parametrize("entry", ["codebooks", "codebooks=", "widths=3", "out=a", "codebooks=4 codebooks=5"])
+def test_a_grid_of_another_form_is_refused(tmp_path, entry):
+    with pytest.raises(ValueError, match=r"sweep: got .*write each setting once, as codebooks=16,64"):
+        run_dkvb(tmp_path, "--sweep", *entry.split())
+
+
+def test_a_deleted_class_is_gone_and_others_stay(tmp_path):
+    document = forget_class.main(["--seeds", "1", "--out", str(tmp_path)])
+    found = document["deletion"]
+    assert found["accuracy_of_the_deleted"]["mean"] == 0
+    assert found["largest_change_of_another"]["mean"] < 0.05
+    assert document["results"]["dkvb"]["acc"]["mean"] > 0.9
+
+
+def test_key_care_places_keys_where_it_is_on(tmp_path):
+    document = key_care.main(["--preset", "smoke", "--seeds", "1", "--out", str(tmp_path)])
+    assert document["care"]["placed"]["mean"] > 0
+    assert document["all_keys"]["placed"]["mean"] == document["spare_asleep"]["placed"]["mean"] == 0
+    for method in key_care.METHODS:
+        assert 0 < document[method]["old"]["mean"] <= 1 and 0 < document[method]["new"]["mean"] <= 1
+    assert "How far heads of test examples are" in (tmp_path / "report.html").read_text()
