@@ -34,7 +34,9 @@ class Config(RunConfig):
     """digits comes with scikit-learn; mnist, cifar10 and the texts agnews and dbpedia lie in the folder that JAXCL_DATA
     names."""
     encoder: EncoderName = "pixels"
-    """What features are made by: pixels are raw, efficientnet_lite0 is for cifar10, minilm for texts."""
+    """What features are made by: pixels are raw, minilm is for texts, the others are for cifar10."""
+    weights: Path | None = None
+    """Safetensors file of a vit (CLIP, DINO, timm), a resnet50 (CLIP, DINO, torchvision) or a convmixer (timm)."""
     features: Path = Path("runs/features")
     """Folder that keeps the features of a network, which thus are computed once for all runs."""
     methods: tuple[Method, ...] = ("naive", "linear_probe", "dkvb", "joint")
@@ -133,7 +135,12 @@ def train_dkvb(
         name = config.data if config.key_source == "noise" else config.key_source
         source = np.asarray(
             load_features(
-                name, encoder=config.encoder, folder=config.features, limit=config.limit, noise=noise
+                name,
+                encoder=config.encoder,
+                weights=config.weights,
+                folder=config.features,
+                limit=config.limit,
+                noise=noise,
             ).train.inputs
         )
     layer = bottleneck.discrete_key_value_bottleneck(
@@ -159,7 +166,12 @@ def train_dkvb(
 def prepare(config: Config) -> tuple[list[Stream], list[Key], Key]:
     """For each seed a stream, a key for initial parameters, and [S] a key for training."""
     split = load_features(
-        config.data, encoder=config.encoder, folder=config.features, validation=config.validation, limit=config.limit
+        config.data,
+        encoder=config.encoder,
+        weights=config.weights,
+        folder=config.features,
+        validation=config.validation,
+        limit=config.limit,
     )
     keys = [jax.random.split(jax.random.key(seed), 3) for seed in range(config.seeds)]
     tasks = [_stream(config, key[0], split) for key in keys]

@@ -13,7 +13,7 @@ from jaxcl.nets import FrozenEncoder
 from jaxcl.typing import bad_argument, check_at_least
 
 DataName = Literal["digits", "mnist", "cifar10", "agnews", "dbpedia"]
-EncoderName = Literal["pixels", "efficientnet_lite0", "minilm"]
+EncoderName = Literal["pixels", "efficientnet_lite0", "vit", "resnet50", "convmixer", "minilm"]
 TEXTS = ("agnews", "dbpedia")
 TOKENS = 128  # of a text at most
 
@@ -22,6 +22,7 @@ def load_features(
     name: DataName,
     *,
     encoder: EncoderName = "pixels",
+    weights: Path | None = None,
     folder: Path = Path("runs/features"),
     validation: bool = False,
     limit: int | None = None,
@@ -32,6 +33,7 @@ def load_features(
     Args:
         name: images, or one task of the text benchmark.
         encoder: pixels scales raw ones so that the largest is 1; the others are networks, frozen.
+        weights: safetensors file of a vit, resnet50 or convmixer; the others have theirs.
         folder: where a network's features are kept, so that they are computed once.
         validation: test on a fifth of train, held out, instead of test.
         limit: use the first so many training examples and a fifth as many test examples.
@@ -42,8 +44,10 @@ def load_features(
         ValueError: an encoder that does not fit the data; or as `data.load`, `data.cl_text` and the encoders.
     """
     if (name in TEXTS) != (encoder == "minilm") or (name in ("digits", "mnist") and encoder != "pixels"):
+        raise bad_argument("encoder", encoder, "pixels goes with images, minilm with texts, the others with cifar10")
+    if (weights is not None) != (encoder in ("vit", "resnet50", "convmixer")):
         raise bad_argument(
-            "encoder", encoder, "pixels goes with images, efficientnet_lite0 with cifar10, minilm with texts"
+            "weights", weights, "name a safetensors file for vit, resnet50 or convmixer, and for no other"
         )
     split = _texts(name) if name == "agnews" or name == "dbpedia" else data.load(name)  # noqa: PLR1714, for mypy
     if limit is not None:
@@ -59,7 +63,7 @@ def load_features(
         network = nets.minilm_encoder()
         split = data.Split(*(_encoded(network, _by_length(part), folder) for part in split))
     else:
-        network = nets.efficientnet_lite0_encoder()
+        network = nets.efficientnet_lite0_encoder() if weights is None else nets.pretrained_encoder(encoder, weights)
         split = data.Split(*(_encoded(network, part, folder) for part in split))
     return data.Split(*data.hold_out(split.train, share=0.2)) if validation else split
 

@@ -1,12 +1,14 @@
 """Flax Linen networks."""
 
 from jaxcl.nets.bert import BERT, load_bert, mean_over_tokens, minilm_folder
+from jaxcl.nets.convmixer import ConvMixer, load_convmixer
 from jaxcl.nets.discriminators import PatchDiscriminator
 from jaxcl.nets.efficientnet import EfficientNetLite0, efficientnet_lite0_preprocess, load_efficientnet_lite0
-from jaxcl.nets.encoders import FrozenEncoder, efficientnet_lite0_encoder, minilm_encoder
+from jaxcl.nets.encoders import FrozenEncoder, efficientnet_lite0_encoder, minilm_encoder, pretrained_encoder
 from jaxcl.nets.image_tokenizer import ConvDecoder, ConvEncoder, PatchDecoder, PatchEncoder
 from jaxcl.nets.mlp import MLP
 from jaxcl.nets.resnet import ResNet18
+from jaxcl.nets.resnet50 import ResNet50, load_resnet50
 from jaxcl.nets.seanet import SEANetDecoder, SEANetEncoder
 from jaxcl.nets.transformer import TokenTransformer
 from jaxcl.nets.vit import ViT, load_vit
@@ -16,12 +18,14 @@ __all__ = [
     "MLP",
     "ConvDecoder",
     "ConvEncoder",
+    "ConvMixer",
     "EfficientNetLite0",
     "FrozenEncoder",
     "PatchDecoder",
     "PatchDiscriminator",
     "PatchEncoder",
     "ResNet18",
+    "ResNet50",
     "SEANetDecoder",
     "SEANetEncoder",
     "TokenTransformer",
@@ -29,9 +33,12 @@ __all__ = [
     "efficientnet_lite0_encoder",
     "efficientnet_lite0_preprocess",
     "load_bert",
+    "load_convmixer",
     "load_efficientnet_lite0",
+    "load_resnet50",
     "load_vit",
     "mean_over_tokens",
     "minilm_encoder",
     "minilm_folder",
+    "pretrained_encoder",
 ]

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxcl.nets.weights import Source, data_file, load_by_name, read_safetensors
+from jaxcl.nets.weights import Source, data_file, folded, load_by_name, read_safetensors
 from jaxcl.typing import Array, ArrayLike, PyTree, bad_argument, check_at_least, check_rank, check_width
 
 # Expansion, channels, blocks, size and stride (of the first block): Tan & Le 2019, table 1.
@@ -121,12 +121,12 @@ class _Block(nn.Module):
         y = x
         if self.expansion > 1:
             y = nn.relu6(nn.Dense(x.shape[-1] * self.expansion, name="expand")(y))
-        y = nn.relu6(_Depthwise(self.size, self.stride, name="depthwise")(y))
+        y = nn.relu6(Depthwise(self.size, self.stride, name="depthwise")(y))
         y = nn.Dense(self.channels, name="project")(y)
         return x + y if x.shape == y.shape else y
 
 
-class _Depthwise(nn.Module):
+class Depthwise(nn.Module):
     """A convolution of each channel by itself, [B, H / stride, W / stride, C]."""
 
     size: int
@@ -134,6 +134,7 @@ class _Depthwise(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
+        """The same number of channels, of x [B, H, W, C]."""
         channels = x.shape[-1]
         kernel = self.param("kernel", nn.initializers.he_normal(), (self.size, self.size, channels))
         bias = self.param("bias", nn.initializers.zeros, (channels,))
@@ -187,22 +188,6 @@ def _sources() -> dict[str, Source]:
         "params/classifier/bias": Source(("_fc.bias",), np.asarray),
     }
     for path, (convolution, norm) in layers.items():
-        scale, bias, mean, variance = (f"{norm}.{part}" for part in ("weight", "bias", "running_mean", "running_var"))
-        sources[f"params/{path}/kernel"] = Source((f"{convolution}.weight", scale, variance), _folded_kernel)
-        sources[f"params/{path}/bias"] = Source((bias, mean, scale, variance), _folded_bias)
+        # A convolution of size 1 is a dense layer, and one of each channel by itself has no axis of inputs.
+        sources |= folded(f"params/{path}", convolution, norm, epsilon=_EPSILON, squeeze=True)
     return sources
-
-
-def _folded_kernel(weight: np.ndarray, scale: np.ndarray, variance: np.ndarray) -> np.ndarray:
-    """The kernel from weights [out, in, h, w]; [h, w, in, out] without the axes of length 1."""
-    return (weight * _factor(scale, variance)[:, None, None, None]).transpose(2, 3, 1, 0).squeeze()
-
-
-def _folded_bias(bias: np.ndarray, mean: np.ndarray, scale: np.ndarray, variance: np.ndarray) -> np.ndarray:
-    """The bias [out]."""
-    return bias - mean * _factor(scale, variance)
-
-
-def _factor(scale: np.ndarray, variance: np.ndarray) -> np.ndarray:
-    """What batch normalisation multiplies each channel by, [out] float64."""
-    return scale / np.sqrt(variance.astype(np.float64) + _EPSILON)

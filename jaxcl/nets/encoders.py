@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,10 +10,24 @@ import numpy as np
 
 from jaxcl.nearest import normalise
 from jaxcl.nets.bert import load_bert, mean_over_tokens, minilm_folder
+from jaxcl.nets.convmixer import load_convmixer
 from jaxcl.nets.efficientnet import EfficientNetLite0, efficientnet_lite0_preprocess, load_efficientnet_lite0
-from jaxcl.typing import Array, ArrayLike, PyTree
+from jaxcl.nets.resnet50 import load_resnet50
+from jaxcl.nets.vit import load_vit
+from jaxcl.typing import Array, ArrayLike, PyTree, bad_argument, check_at_least, check_choice, check_rank, check_width
 
 _CUT_TO = 16  # tokens
+Statistics = tuple[float, float, float]  # of red, green and blue, from 0 to 1
+_IMAGENET: tuple[Statistics, Statistics] = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+_CLIP: tuple[Statistics, Statistics] = (
+    (0.48145466, 0.4578275, 0.40821073),
+    (0.26862954, 0.26130258, 0.27577711),
+)
+_LOADERS: dict[str, Callable[[str | Path], tuple[Any, PyTree]]] = {
+    "vit": load_vit,
+    "resnet50": load_resnet50,
+    "convmixer": load_convmixer,
+}
 
 
 class FrozenEncoder(NamedTuple):
@@ -42,6 +56,51 @@ def efficientnet_lite0_encoder(path: str | Path | None = None, *, size: int = 22
 
     batch_size = max(1, 4 * 224**2 // size**2)
     return FrozenEncoder(f"efficientnet_lite0 at {size}", load_efficientnet_lite0(path), jax.jit(apply), batch_size)
+
+
+def pretrained_encoder(
+    network: str,
+    path: str | Path,
+    *,
+    size: int | None = None,
+    mean: Statistics | None = None,
+    deviation: Statistics | None = None,
+) -> FrozenEncoder:
+    """A published image encoder from its weights' file: images [B, H, W, 3] uint8 to features [B, D].
+
+    Images are resized (cubic, averaged where they become smaller; no crop), scaled to 0 to 1, and normalised.
+
+    Args:
+        network: "vit", "resnet50" or "convmixer".
+        path: a safetensors file, as in `load_vit`, `load_resnet50` and `load_convmixer`.
+        size: to which images are resized; None takes the size that the weights have places for, else 224.
+        mean: of the images that the weights were trained on; None takes CLIP's for CLIP's weights, else ImageNet's.
+        deviation: as `mean`.
+
+    Raises:
+        As the loaders; ValueError for an unknown network, and in use for images of another shape or dtype.
+    """
+    check_choice("network", network, _LOADERS)
+    net, params = _LOADERS[network](path)
+    clip = getattr(net, "projected", None) is not None and getattr(net, "positions", None) is not None
+    places = getattr(net, "positions", None)
+    if size is None:
+        size = 224 if places is None else (net.patch if network == "vit" else 32) * round((places - 1) ** 0.5)
+    check_at_least("size", size, 1)
+    usual = _CLIP if clip else _IMAGENET
+    shift, scale = (usual[0] if mean is None else mean), (usual[1] if deviation is None else deviation)
+
+    @jax.jit
+    def apply(params: PyTree, images: Array) -> Array:
+        check_rank("images", images, 4)
+        check_width("images", images, 3, "RGB")
+        if images.dtype != jnp.uint8:
+            raise bad_argument("images", f"dtype {images.dtype}", "pass uint8, 0 to 255")
+        x = jax.image.resize(jnp.asarray(images, jnp.float32), (len(images), size, size, 3), "cubic")
+        x = (jnp.clip(x, 0, 255) / 255 - jnp.asarray(shift)) / jnp.asarray(scale)
+        return jnp.asarray(net.apply(params, x))
+
+    return FrozenEncoder(f"{net} at {size}, {shift}, {scale}", params, apply, max(1, 8 * 224**2 // size**2))
 
 
 def minilm_encoder(folder: str | Path | None = None) -> FrozenEncoder:

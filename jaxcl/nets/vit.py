@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxcl.nets.weights import Source, load_by_name, read_safetensors
+from jaxcl.nets.weights import Source, image_side, load_by_name, read_safetensors
 from jaxcl.typing import Array, PyTree, bad_argument, check_choice, check_rank, check_width
 
 _ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
@@ -97,7 +97,7 @@ def load_vit(path: str | Path) -> tuple[ViT, PyTree]:
         ValueError: the file is damaged, or its tensors are neither CLIP's nor DINO's: one error lists which differ.
         OSError: it cannot be read, or is not there.
     """
-    tensors = _image_side(read_safetensors(path))
+    tensors = image_side(read_safetensors(path))
     clip = "class_embedding" in tensors
     names = _CLIP if clip else _DINO
     for name in (names["patches"] + ".weight", names["position_embedding"], names["layer"].format(0) + ".weight"):
@@ -122,14 +122,6 @@ def load_vit(path: str | Path) -> tuple[ViT, PyTree]:
     return net, load_by_name(
         tensors, _sources(net, names), template, ignored=lambda name: name.startswith(("head", "fc_norm", "pre_logits"))
     )
-
-
-def _image_side(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Without the text side, and without what stands before all names of a network inside another."""
-    for prefix in ("visual.", "backbone."):
-        if own := {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}:
-            return own
-    return dict(tensors)
 
 
 # {part: its tensors' name}; a layer's have its number in them.

@@ -107,6 +107,42 @@ def load_by_name(
     return jax.tree.unflatten(structure, [params[path] for path in shapes])
 
 
+def image_side(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Without the text side, and without what stands before all names of a network inside another."""
+    for prefix in ("visual.", "backbone."):
+        if own := {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}:
+            return own
+    return dict(tensors)
+
+
+def folded(path: str, convolution: str, norm: str, *, epsilon: float, squeeze: bool = False) -> dict[str, Source]:
+    """Sources of the kernel [h, w, in, out] and bias at `path`: a convolution and the batch normalisation after it.
+
+    Args:
+        path: of the layer.
+        convolution: name of its tensor [out, in, h, w], which has no bias, without ".weight".
+        norm: name of the normalisation's tensors, without what follows the last point.
+        epsilon: of the normalisation.
+        squeeze: whether axes of length 1 are left out.
+    """
+
+    def factor(scale: np.ndarray, variance: np.ndarray) -> np.ndarray:
+        return scale / np.sqrt(variance.astype(np.float64) + epsilon)
+
+    def kernel(weight: np.ndarray, scale: np.ndarray, variance: np.ndarray) -> np.ndarray:
+        made = (weight * factor(scale, variance)[:, None, None, None]).transpose(2, 3, 1, 0)
+        return made.squeeze() if squeeze else made
+
+    def shift(bias: np.ndarray, mean: np.ndarray, scale: np.ndarray, variance: np.ndarray) -> np.ndarray:
+        return bias - mean * factor(scale, variance)
+
+    scale, bias, mean, variance = (f"{norm}.{part}" for part in ("weight", "bias", "running_mean", "running_var"))
+    return {
+        f"{path}/kernel": Source((f"{convolution}.weight", scale, variance), kernel),
+        f"{path}/bias": Source((bias, mean, scale, variance), shift),
+    }
+
+
 def _listed(names: Collection[str]) -> str:
     """The first names, and how many more there are."""
     more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""

@@ -41,3 +41,15 @@ def test_pixels_are_cut_as_asked():
 def test_an_encoder_that_does_not_fit_is_refused(name, encoder):
     with pytest.raises(ValueError, match=f"encoder: got .*{encoder}.*; pixels goes with images"):
         features.load_features(name, encoder=encoder)
+
+
+def test_weights_are_named_for_the_encoders_that_need_them():
+    for encoder, weights in (("vit", None), ("efficientnet_lite0", "vit.safetensors")):
+        with pytest.raises(ValueError, match=r"weights: got .*; name a safetensors file for vit"):
+            features.load_features("cifar10", encoder=encoder, weights=weights)
+
+
+def test_noise_has_the_values_of_each_place_and_none_of_the_examples():
+    whole, noise = (features.load_features("digits", limit=200, noise=noise).train.inputs for noise in (False, True))
+    np.testing.assert_array_equal(np.sort(noise, axis=0), np.sort(whole, axis=0))
+    assert not (noise[:, None] == whole[None]).all(axis=2).any()
