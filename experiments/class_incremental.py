@@ -64,6 +64,8 @@ class Config(RunConfig):
     projection: Literal["random", "chunk", "learned"] = "random"
     """Key-value bottleneck: what makes heads of a feature. learned is random directions of the space in which the key
     source varies, whitened; chunk needs features as wide as all keys of an example."""
+    projection_share: float = 0.65
+    """Key-value bottleneck: share of the key source's variance that a learned projection keeps."""
     key_source: Literal["stream", "noise", "digits", "mnist", "cifar10", "agnews", "dbpedia"] = "stream"
     """Key-value bottleneck: unlabelled examples that fit the keys: those of the stream, of another data set (with the
     same encoder), or noise, the data's pixels or tokens mixed up."""
@@ -152,10 +154,11 @@ def train_dkvb(
         top_k=config.top_k,
         projection="chunk" if config.projection == "chunk" else "random",
     )
+    share = config.projection_share if config.projection == "learned" else None
     hidden = {"voting": None, "linear": (), "mlp": (128,)}[config.decoder]
     indexed = train_bottleneck(
         run, layer, config.learning_rate, tasks, init_keys, keys, classes=classes,
-        fitting=KeyFitting(config.key_epochs, config.key_batch_size, source, config.projection == "learned"),
+        fitting=KeyFitting(config.key_epochs, config.key_batch_size, source, share),
         decoder=None if hidden is None else nets.MLP(hidden, classes), train_decoder=config.train_decoder,
         dual=config.dual, epochs=config.epochs, batch_size=config.batch_size, steps_per_call=64,
     )  # fmt: skip

@@ -54,6 +54,14 @@ def preset(name: str, data: str) -> Config:
             **shared, codebooks=32, pairs=4096, key_width=112, key_epochs=1, key_batch_size=1024, learning_rate=3.0,
             epochs=5, hidden=(256, 256), baseline_epochs=5, batch_size=256,
         )  # fmt: skip
+    if data == "cifar10":
+        return Config(
+            **shared, codebooks=128, pairs=4096, key_width=28, projection="learned", key_epochs=2, key_batch_size=1024,
+            learning_rate=3.0, epochs=10, hidden=(256,), baseline_learning_rate=3e-4, baseline_epochs=30,
+            batch_size=256,
+        )  # fmt: skip
+    if data == "agnews":  # of four classes
+        shared["classes_per_task"] = 1
     return Config(**shared, codebooks=64, pairs=256, key_width=8, learning_rate=3.0, epochs=30, baseline_epochs=100)
 
 

@@ -30,7 +30,7 @@ class KeyFitting(NamedTuple):
     epochs: int  # passes over the source
     batch_size: int  # examples in a step
     source: ArrayLike | None = None  # unlabelled features [N, D]; None takes those of the first seed's stream
-    learned: bool = False  # whether the projection is learned from them
+    share: float | None = None  # of the source's variance that a learned projection keeps; None draws one at random
 
 
 class Indexed(NamedTuple):
@@ -163,8 +163,8 @@ def _fit_and_look_up(
             began, path = time.perf_counter(), run.checkpoints("dkvb") / f"seed_{seed}_keys.npz"
             init_key, *epoch_keys = jax.random.split(key, 1 + fitting.epochs)
             values, state = layer.init(init_key)
-            if fitting.learned:
-                state = bottleneck.learn_projection(jax.random.fold_in(key, 2), state, source)
+            if fitting.share is not None:
+                state = bottleneck.learn_projection(jax.random.fold_in(key, 2), state, source, share=fitting.share)
             done, before = 0, 0.0
             if saved := load_tree(path, (state, {"done": np.zeros(2)})):
                 state, done, before = saved[0], int(saved[1]["done"][0]), float(saved[1]["done"][1])
