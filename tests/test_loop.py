@@ -1,5 +1,7 @@
 """The loop against a second one in NumPy, and what it calls, when, with what, and how often it compiles."""
 
+import time
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -601,6 +603,29 @@ def test_what_one_seed_raises_ends_the_others(monkeypatch):
             epochs=5000, batch_size=4, together=True, callback=callback,
         )  # fmt: skip
     assert told.count(1) == 1 and told.count(0) < 3 * 5000
+
+
+def test_seeds_on_threads_end_tasks_one_at_a_time(monkeypatch):
+    """Where each might factorise a matrix: two at once on two threads have been seen to wait for ever."""
+    monkeypatch.setattr(loop, "_cores", lambda: 2)
+    running, most = [], []
+
+    def slow(bias):
+        running.append(0)
+        most.append(len(running))
+        time.sleep(0.05)
+        running.pop()
+        return bias
+
+    def end_task(key, params, state):
+        return params | {"bias": jax.pure_callback(slow, params["bias"], params["bias"])}, state
+
+    strategy = linear_probe()._replace(end_task=end_task)
+    keys, params, several = seeds_and_streams(True)
+    run_seeds(
+        keys[:2], strategy, optax.sgd(0.1), params[:2], several[:2], epochs=1, batch_size=4, together=True,
+    )  # fmt: skip
+    assert len(most) == 6 and max(most) == 1
 
 
 # Bad arguments

@@ -9,6 +9,7 @@ import os
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, CancelledError, ThreadPoolExecutor, wait
+from contextlib import AbstractContextManager
 from typing import Any
 
 import jax
@@ -36,6 +37,9 @@ _STEPS_PER_CALL_ELSEWHERE = 32
 # than the arithmetic, and four seeds take 2.5 times as long as one; larger ones drive each other out of a core's cache
 # at every step, and are faster by themselves.
 _SHARED_STEP_BYTES = 2**17
+# What is done at these times may factorise a matrix. On CPU a factorisation waits for work that it gives to the very
+# threads it runs on (seen on JAX 0.10.2): as many of them at once as there are threads wait for ever.
+_ONE_AT_A_TIME = ("begin_task", "refresh", "end_task")
 
 
 def run(
@@ -232,8 +236,11 @@ def _in_threads(
     threads: int,
 ) -> list[list[Result]]:
     """The groups' results; whatever one of them raises ends the others too, as does an interruption by the user."""
-    stop = threading.Event()
-    programs = Programs._make(program and _for_threads(program, stop) for program in programs)
+    stop, alone = threading.Event(), threading.Lock()
+    programs = Programs._make(
+        program and _for_threads(program, stop, alone if name in _ONE_AT_A_TIME else None)
+        for name, program in programs._asdict().items()
+    )
     with ThreadPoolExecutor(threads) as pool:
         futures = [pool.submit(run_group, programs, numbers) for numbers in groups]
         try:
@@ -244,11 +251,22 @@ def _in_threads(
     return [future.result() for future in futures]
 
 
-def _for_threads(program: Callable[..., Any], stop: threading.Event) -> Callable[..., Any]:
-    """The program for several threads: the first call, which compiles it, is through before there is a second."""
+def _for_threads(
+    program: Callable[..., Any], stop: threading.Event, alone: AbstractContextManager[Any] | None
+) -> Callable[..., Any]:
+    """The program for several threads: the first call, which compiles it, is through before there is a second.
+
+    With `alone`, a call runs to its end while no other one holds that lock.
+    """
     lock, compiled = threading.Lock(), threading.Event()
 
     def call(*arguments: Any) -> Any:
+        if alone:
+            with alone:
+                return jax.block_until_ready(compiled_once(*arguments))
+        return compiled_once(*arguments)
+
+    def compiled_once(*arguments: Any) -> Any:
         if stop.is_set():
             raise CancelledError
         if compiled.is_set():
