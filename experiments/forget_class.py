@@ -30,6 +30,8 @@ from jaxcl.typing import PyTree, bad_argument
 
 CARDS = {
     "--preset smoke": Card("10 s", "that it runs"),
+    "--preset cpu": Card("30 s", "digits: a deleted class falls to 0 %, others change by one example of 34 at most"),
+    "--preset paper": Card("not measured", "nothing is published on deleting classes"),
 }
 
 

@@ -220,7 +220,7 @@ def _train_in_dual(
     tests = [Examples(stream.test.inputs[part.rows], stream.test.labels[part.rows]) for part in stream.test_sets]
 
     def accuracy(params: PyTree) -> np.ndarray:
-        return np.array([float((answers(params, test.inputs) == test.labels).mean()) for test in tests])
+        return np.array([np.mean(np.asarray(answers(params, test.inputs)) == test.labels) for test in tests])
 
     most = max(len(part.rows) for part in stream.train_sets)
     progress: dict[str, Any] = {

@@ -108,7 +108,7 @@ def load_by_name(
 
 
 def image_side(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Without the text side, and without what stands before all names of a network inside another."""
+    """Tensors of any shape without the text side, and without what stands before all names of a network in another."""
     for prefix in ("visual.", "backbone."):
         if own := {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}:
             return own
