@@ -60,7 +60,7 @@ def test_accuracy_csv_holds_every_matrix_and_yields_the_metrics(smoke):
 
 def test_report_is_one_page_with_table_and_plots(smoke):
     page = (smoke[0] / "report.html").read_text()
-    assert page.count("<svg") == 6  # two of accuracy, four of keys and "<table" in page
+    assert page.count("<svg") == 6 and "<table" in page  # two figures of accuracy, four of keys
     assert not re.search(r"""(src|href)=["']?(https?:)?//""", page)
 
 
