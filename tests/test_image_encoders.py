@@ -228,7 +228,7 @@ def test_a_file_becomes_an_encoder_of_images(tmp_path):
     other = nets.pretrained_encoder("resnet50", path, mean=(0.0, 0.0, 0.0), deviation=(1.0, 1.0, 1.0))
     assert_close(other.apply(other.params, images), net.apply(params, (images / 255).astype(np.float32)), 1e-4)
     assert other.name != encoder.name
-    with pytest.raises(ValueError, match="network: got alexnet; pass one of"):
+    with pytest.raises(ValueError, match="network: got 'alexnet'; choose one of 'vit'"):
         nets.pretrained_encoder("alexnet", path)
     with pytest.raises(ValueError, match="images: got dtype float32"):
         encoder.apply(encoder.params, images.astype(np.float32))

@@ -46,13 +46,18 @@ def left_by(out):
     return json.loads((out / "metrics.json").read_text())["results"], files, states
 
 
+def saves_in(out):
+    """How many checkpoints are there; folders that are renamed meanwhile are passed over."""
+    return sum("commit_success.txt" in files for _, _, files in os.walk(out))
+
+
 def run_with_kills(out, stream, moments, most):
     """A run to its end, killed at random moments and started again at most so many times; how many it came to."""
     out.mkdir()
     for kills in range(most):
         process = start(out, stream)
-        saved = len(list(out.rglob("commit_success.txt")))
-        while len(list(out.rglob("commit_success.txt"))) == saved and process.poll() is None:
+        saved = saves_in(out)
+        while saves_in(out) == saved and process.poll() is None:
             time.sleep(0.02)
         time.sleep(moments.uniform(0, 2))
         if process.poll() is not None:  # it came to its end
