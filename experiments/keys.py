@@ -233,7 +233,7 @@ def _train_in_dual(
     before = float(progress["seconds"])
 
     def save(epoch: int, moves: ArrayLike) -> None:
-        progress["moves"][: len(moves)], progress["epoch"] = np.asarray(moves), np.int64(epoch)
+        progress["moves"], progress["epoch"] = np.asarray(moves), np.int64(epoch)
         progress["seconds"] = np.float64(before + time.perf_counter() - began)
         save_tree(path, (params, progress))
 
@@ -245,14 +245,16 @@ def _train_in_dual(
         bar.update(int(progress["stage"]) * epochs + int(progress["epoch"]))
         for stage in range(int(progress["stage"]), stages):
             rows = stream.train_sets[stage].rows
+            # Smaller tasks are filled up with examples that no step takes, so that each program compiles once.
+            filled = np.pad(rows, (0, most - len(rows)), mode="edge")
             votes = bottleneck.begin_votes(
-                params, stream.train.inputs[rows], np.asarray(stream.train.labels)[rows], classes=classes
+                params, stream.train.inputs[filled], np.asarray(stream.train.labels)[filled], classes=classes
             )
-            votes = votes._replace(moves=jnp.asarray(progress["moves"][: len(rows)]))
+            votes = votes._replace(moves=jnp.asarray(progress["moves"]))
             for epoch in range(int(progress["epoch"]), epochs, _EPOCHS_A_CALL):
                 # In the order of `continual.run`.
                 orders = [
-                    _order(np.random.default_rng([*bits, stage, number]).permutation(len(rows)), batch_size)
+                    _order(np.random.default_rng([*bits, stage, number]).permutation(len(rows)), most, batch_size)
                     for number in range(epoch, min(epoch + _EPOCHS_A_CALL, epochs))
                 ]
                 votes, loss = bottleneck.train_votes(votes, np.concatenate(orders), learning_rate=learning_rate)
@@ -279,9 +281,11 @@ def _train_in_dual(
     )  # fmt: skip
 
 
-def _order(order: np.ndarray, batch_size: int) -> np.ndarray:
-    """[P, B] int32 with -1 to fill the last batch up."""
-    return np.pad(order, (0, -len(order) % batch_size), constant_values=-1).reshape(-1, batch_size).astype(np.int32)
+def _order(order: np.ndarray, most: int, batch_size: int) -> np.ndarray:
+    """[P, B] int32 with -1 to fill up to the steps that `most` examples take."""
+    steps = -(-most // batch_size)
+    filled = np.pad(order, (0, steps * batch_size - len(order)), constant_values=-1)
+    return filled.reshape(steps, batch_size).astype(np.int32)
 
 
 def save_tree(path: Path, tree: PyTree) -> None:

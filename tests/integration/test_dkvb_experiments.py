@@ -26,7 +26,7 @@ def test_training_in_the_dual_is_training_in_the_loop(tmp_path):
     assert results_in(tmp_path / "dual") == results_in(tmp_path / "loop")
     accuracies = [report.read_accuracy_csv(tmp_path / name / "accuracy.csv")["dkvb"] for name in ("loop", "dual")]
     np.testing.assert_array_equal(*accuracies)
-    assert dual["costs"]["dkvb"]["compilations"]["mean"] <= 10  # a program a size of task at most, two for its counts
+    assert dual["costs"]["dkvb"]["compilations"]["mean"] == 3  # counts, steps and the end of a task
 
 
 @pytest.mark.parametrize("calls", [1, 5, 8])
