@@ -19,7 +19,7 @@ from experiments.keys import Indexed, KeyFitting, key_figures, train_bottleneck
 from jaxcl import bottleneck, continual, data, nets
 from jaxcl.bottleneck import Bottleneck
 from jaxcl.continual import Strategy, Stream, streams
-from jaxcl.typing import Key
+from jaxcl.typing import Key, bad_argument
 
 Method = Literal[
     "naive", "linear_probe", "nearest_class_mean", "streaming_lda", "ridge", "dkvb", "joint", "joint_linear_probe"
@@ -131,20 +131,20 @@ def train_dkvb(
     run: Run, config: Config, tasks: Sequence[Stream], init_keys: Sequence[Key], keys: Key
 ) -> tuple[Bottleneck, list[Indexed]]:
     """Trains the bottleneck that `config` describes, as method "dkvb" of `run`; see `train_bottleneck`."""
+    if config.dual and (config.mesh or config.tensorboard):
+        raise bad_argument(
+            "dual",
+            True,
+            "it trains on one device and writes no event files: leave --mesh and --tensorboard out, or --dual",
+        )
     classes, source = tasks[0].eligible.shape[1], None
     if config.key_source != "stream":
-        noise = config.key_source == "noise"
         name = config.data if config.key_source == "noise" else config.key_source
-        source = np.asarray(
-            load_features(
-                name,
-                encoder=config.encoder,
-                weights=config.weights,
-                folder=config.features,
-                limit=config.limit,
-                noise=noise,
-            ).train.inputs
-        )
+        others = load_features(
+            name, encoder=config.encoder, weights=config.weights,
+            folder=config.features, limit=config.limit, noise=config.key_source == "noise",
+        )  # fmt: skip
+        source = np.asarray(others.train.inputs)
     layer = bottleneck.discrete_key_value_bottleneck(
         tasks[0].train.inputs.shape[1],
         config.value_width or classes,

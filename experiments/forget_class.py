@@ -22,8 +22,8 @@ from experiments import class_incremental, dkvb
 from experiments.card import Card
 from experiments.class_incremental import Config
 from experiments.common import Run, over_seeds, parse_command
-from experiments.dkvb import DATA
 from experiments.keys import Indexed
+from experiments.sweep import run_grid
 from jaxcl import bottleneck, report
 from jaxcl.bottleneck import Bottleneck
 from jaxcl.typing import PyTree, bad_argument
@@ -63,9 +63,8 @@ def delete_each(
     return by_class(params), np.stack(after)
 
 
-def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    """Runs the experiment; returns what is in metrics.json."""
-    config = parse_command(preset, data=DATA, argv=argv, description=__doc__ or "")
+def run_experiment(config: Config) -> dict[str, Any]:
+    """Trains, deletes each class, prints the table, writes the files and returns what is in metrics.json."""
     if config.methods != ("dkvb",) or config.decoder != "voting":
         raise bad_argument("methods", (config.methods, config.decoder), "leave dkvb alone, with the voting decoder")
     run = Run(config, "forget_class")
@@ -95,6 +94,12 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     )
     run.tell(report.text_table(rows))
     return run.finish()
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """Runs the experiment, or its last point in a sweep; returns what is in metrics.json."""
+    config = parse_command(preset, data=dkvb.DATA, argv=argv, description=__doc__ or "")
+    return run_grid(config, run_experiment)[-1]
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from experiments.features import load_features
 from jaxcl import bottleneck, continual, report
 from jaxcl.bottleneck import Bottleneck, KeyPolicy, KeyState
 from jaxcl.continual import Checkpoint, Examples, Result, Stream, streams
-from jaxcl.typing import Key, check_between
+from jaxcl.typing import Key, bad_argument, check_between
 
 CARDS = {
     "--preset smoke": Card("20 s", "that it runs"),
@@ -98,6 +98,12 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Runs the experiment; returns what is in metrics.json."""
     config = parse_command(preset, data=("digits", "mnist"), argv=argv, description=__doc__ or "")
     check_between("spare", config.spare, 1, config.pairs - 1)
+    if config.mesh or config.tensorboard:
+        raise bad_argument(
+            "mesh",
+            config.mesh,
+            "keys are cared for on one device, and no event files are written: leave --mesh and --tensorboard out",
+        )
     run = Run(config, "key_care")
     if document := run.finished():
         return document

@@ -91,14 +91,14 @@ def train_bottleneck(
             _with_decoder(jax.random.fold_in(key, 1), decoder, layer, values, seed.stream)
             for key, values, seed in zip(init_keys, params, indexed, strict=True)
         ]
-    streams_ = [seed.stream for seed in indexed]
+    looked_up = [seed.stream for seed in indexed]
     if dual:
         steps: dict[str, Any] = {
             "classes": classes, "learning_rate": learning_rate, "epochs": epochs, "batch_size": batch_size,
         }  # fmt: skip
         run.keep("dkvb", [
             _train_in_dual(run, layer, start, stream, key, f"seed_{seed}", **steps)
-            for seed, (start, stream, key) in enumerate(zip(params, streams_, keys, strict=True))
+            for seed, (start, stream, key) in enumerate(zip(params, looked_up, keys, strict=True))
         ], stages)  # fmt: skip
         return indexed
     tx = bottleneck.sparse_sgd(learning_rate, max_norm=1.0)
@@ -106,7 +106,7 @@ def train_bottleneck(
         layer, classes=classes, decoder=decoder.apply if decoder else None, train_decoder=train_decoder
     )
     run.train(
-        "dkvb", strategy, tx, params, streams_, keys, epochs=epochs, batch_size=batch_size,
+        "dkvb", strategy, tx, params, looked_up, keys, epochs=epochs, batch_size=batch_size,
         steps_per_call=steps_per_call, stages=stages,
     )  # fmt: skip
     return indexed
@@ -125,24 +125,20 @@ def key_figures(layer: Bottleneck, indexed: Indexed, stream: Stream, *, examples
     by_class = np.stack(
         [np.bincount(fetched[labels == k][..., 0, :].reshape(-1), minlength=pairs) for k in range(classes)]
     )
-    distances, heads = {}, np.empty(0)
+    distances, features, shown = {}, jnp.empty(0), np.empty(0)
     for name, part, indices in (
         ("training examples", stream.train, indexed.stream.train.inputs),
         ("test examples", stream.test, indexed.stream.test.inputs),
     ):
         rows = np.linspace(0, len(part.labels) - 1, min(examples, len(part.labels))).astype(int)
-        features = jnp.asarray(part.inputs[rows])
+        features, shown = jnp.asarray(part.inputs[rows]), np.asarray(part.labels)[rows]
         distances[name] = np.asarray(layer.distances(indexed.state, features, jnp.asarray(indices[rows])))
-        heads = np.asarray(layer.heads(indexed.state, features)[0]).reshape(
-            len(rows), -1, indexed.state.keys.codebook.shape[-1]
-        )[:, 0]
-        shown = np.asarray(part.labels)[rows]
+    keys = np.asarray(indexed.state.keys.codebook[0])
+    heads = np.asarray(layer.heads(indexed.state, features)[0]).reshape(len(shown), -1, keys.shape[1])[:, 0]
     return {
         "How many of its keys each codebook uses (first seed, training examples)": report.key_utilisation(usage),
         "Which keys of the first codebook which classes use": report.keys_by_class(by_class),
-        "Keys of the first codebook among heads of test examples": report.keys_among_heads(
-            heads, shown, np.asarray(indexed.state.keys.codebook[0])
-        ),
+        "Keys of the first codebook among heads of test examples": report.keys_among_heads(heads, shown, keys),
         "How far heads are from the keys they fetch": report.distance_histograms(distances),
     }
 
@@ -266,8 +262,9 @@ def _train_in_dual(
                     save(epoch + len(orders), votes.moves)
             params = bottleneck.end_votes(params, votes)
             progress["accuracy"][stage] = accuracy(params)
-            progress["stage"], progress["moves"] = np.int64(stage + 1), np.zeros_like(progress["moves"])
-            if run.due(float("-inf")):
+            progress |= {"stage": np.int64(stage + 1), "epoch": np.int64(0), "moves": np.zeros_like(progress["moves"])}
+            if run.due(written):
+                written = time.perf_counter()
                 save(0, progress["moves"])
     examples = epochs * sum(len(part.rows) for part in stream.train_sets)
     history = [
@@ -277,7 +274,7 @@ def _train_in_dual(
     ]
     return Result(
         progress["accuracy"], untrained, history, params, (), trees.parameter_count(params), trees.byte_count(params),
-        examples, float(progress["seconds"]), dict(compilations),
+        examples, before + time.perf_counter() - began, dict(compilations),
     )  # fmt: skip
 
 

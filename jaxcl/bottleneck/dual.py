@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from jaxcl.bottleneck.layer import pair_numbers, vote
@@ -18,7 +19,6 @@ from jaxcl.trees import Rows, add_rows
 from jaxcl.typing import Array, ArrayLike, PyTree, bad_argument, check_between, check_labels, check_rank
 
 _ROWS = 256  # examples whose coincidences are counted at a time
-_TOGETHER = 16  # comparisons in one pass over the counts
 
 
 class TaskVotes(NamedTuple):
@@ -32,30 +32,23 @@ class TaskVotes(NamedTuple):
 
 
 @jax.jit
-def coincidences(indices: ArrayLike, others: ArrayLike) -> Array:
-    """How many pairs two examples both fetch: [N, M] uint16 from indices [N, C, top_k] and [M, C, top_k]."""
-    ours, theirs = (jnp.asarray(part) for part in (indices, others))
-    count, codebooks, top_k = ours.shape
-    # Comparison t of `terms` is of one column of ours with one of theirs.
-    columns = ours.reshape(count, -1).T[_columns(codebooks, top_k, repeat=True)]
-    rows = theirs.reshape(len(theirs), -1).T[_columns(codebooks, top_k, repeat=False)]
-    columns = _padded(columns, -len(columns) % _TOGETHER, -count % _ROWS)
-    rows = _padded(rows, len(columns) - len(rows), 0)
-    wanted = jnp.arange(len(columns)) < codebooks * top_k**2
+def coincidences(indices: Array) -> Array:
+    """How many pairs each two examples both fetch: [N, N] uint16 from indices [N, C, top_k]."""
+    count, codebooks, top_k = indices.shape
+    columns = jnp.asarray(indices).reshape(count, -1)
+    # What is compared: in each codebook, each place of top_k with each.
+    first, others = np.repeat(np.arange(top_k), top_k), np.tile(np.arange(top_k), top_k)
+    starts = top_k * np.arange(codebooks)[:, None]
+    ours, theirs = columns[:, (starts + first).reshape(-1)], columns[:, (starts + others).reshape(-1)].T
 
-    def block(part: Array) -> Array:  # [terms, rows of ours]
+    def of_example(fetched: Array) -> Array:
         def add(number: Array | int, counts: Array) -> Array:
-            for offset in range(_TOGETHER):
-                term = number * _TOGETHER + offset
-                equal = (part[term][:, None] == rows[term][None]) & wanted[term]
-                counts += equal.astype(jnp.uint16)
-            return counts
+            return counts + (fetched[number] == theirs[number]).astype(jnp.uint16)
 
-        zeros = jnp.zeros((_ROWS, len(theirs)), jnp.uint16)
-        return lax.fori_loop(0, len(columns) // _TOGETHER, add, zeros)
+        # Several comparisons in one pass over the counts.
+        return lax.fori_loop(0, len(theirs), add, jnp.zeros(count, jnp.uint16), unroll=16)
 
-    parts = columns.reshape(len(columns), -1, _ROWS).swapaxes(0, 1)
-    return lax.map(block, parts).reshape(-1, len(theirs))[:count]
+    return lax.map(of_example, ours, batch_size=_ROWS)
 
 
 def begin_votes(params: PyTree, indices: ArrayLike, labels: ArrayLike, *, classes: int) -> TaskVotes:
@@ -68,7 +61,7 @@ def begin_votes(params: PyTree, indices: ArrayLike, labels: ArrayLike, *, classe
         classes: K, at most V.
 
     Raises:
-        ValueError: an argument of another shape, or more than 65,535 places C top_k^2, which the counts cannot hold.
+        ValueError: an argument of another shape, or more than 65,535 pairs an example, which the counts cannot hold.
     """
     indices, values = jnp.asarray(indices), params["values"]
     check_rank("indices", indices, 3)
@@ -79,9 +72,7 @@ def begin_votes(params: PyTree, indices: ArrayLike, labels: ArrayLike, *, classe
     check_between("C * top_k", indices.shape[1] * indices.shape[2], 1, 2**16 - 1)
     table = values.reshape(-1, values.shape[-1])
     before = vote(table[pair_numbers(indices, values.shape[1])])[:, :classes]
-    return TaskVotes(
-        indices, jnp.asarray(labels, jnp.int32), coincidences(indices, indices), before, jnp.zeros_like(before)
-    )
+    return TaskVotes(indices, jnp.asarray(labels, jnp.int32), coincidences(indices), before, jnp.zeros_like(before))
 
 
 @partial(jax.jit, donate_argnums=0)
@@ -136,14 +127,3 @@ def end_votes(params: PyTree, votes: TaskVotes) -> PyTree:
     columns = jnp.pad(votes.moves, ((0, 0), (0, values.shape[-1] - votes.moves.shape[1])))
     moved = jnp.broadcast_to(columns[:, None, None], (*votes.indices.shape, values.shape[-1]))
     return params | {"values": add_rows(values, Rows(pair_numbers(votes.indices, values.shape[1]), moved))}
-
-
-def _columns(codebooks: int, top_k: int, *, repeat: bool) -> Array:
-    """For each codebook and each two places of top_k, the column of the first (repeat) or of the second."""
-    places = jnp.arange(top_k)
-    own = jnp.repeat(places, top_k) if repeat else jnp.tile(places, top_k)
-    return (jnp.arange(codebooks)[:, None] * top_k + own).reshape(-1)
-
-
-def _padded(array: Array, rows: int, columns: int) -> Array:
-    return jnp.pad(array, ((0, rows), (0, columns)))
