@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxcl.nets.efficientnet import Depthwise
-from jaxcl.nets.weights import Source, image_side, load_by_name, read_safetensors
-from jaxcl.typing import Array, PyTree, bad_argument, check_rank, check_width
+from jaxcl.nets.weights import Source, check_images, image_side, load_by_name, read_safetensors
+from jaxcl.typing import Array, PyTree, bad_argument
 
 _EPSILON = 1e-5  # of the batch normalisation that the weights were trained with
 
@@ -34,10 +34,7 @@ class ConvMixer(nn.Module):
         Raises:
             ValueError: images of another shape, or integers, which are not preprocessed.
         """
-        check_rank("images", images, 4)
-        check_width("images", images, 3, "RGB")
-        if not jnp.issubdtype(images.dtype, jnp.inexact):
-            raise bad_argument("images", f"dtype {images.dtype}", "pass them through the weights' preprocessing")
+        check_images(images)
         x = nn.Conv(self.width, (self.patch,) * 2, (self.patch,) * 2, "VALID", name="patches")(images)
         x = _Affine(name="patches_norm")(_gelu(x))
         for number in range(self.layers):

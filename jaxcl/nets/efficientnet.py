@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxcl.nets.weights import Source, data_file, folded, load_by_name, read_safetensors
+from jaxcl.nets.weights import Source, check_images, data_file, folded, load_by_name, read_safetensors
 from jaxcl.typing import Array, ArrayLike, PyTree, bad_argument, check_at_least, check_rank, check_width
 
 # Expansion, channels, blocks, size and stride (of the first block): Tan & Le 2019, table 1.
@@ -50,10 +50,7 @@ class EfficientNetLite0(nn.Module):
         Raises:
             ValueError: wrong rank, channels that are not 3, or integers, which are not preprocessed.
         """
-        check_rank("images", images, 4)
-        check_width("images", images, 3, "RGB")
-        if not jnp.issubdtype(images.dtype, jnp.inexact):
-            raise bad_argument("images", f"dtype {images.dtype}", "pass them through efficientnet_lite0_preprocess")
+        check_images(images, "efficientnet_lite0_preprocess")
         x = nn.relu6(self.stem(images))
         for block in self.blocks:
             x = block(x)

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxcl.nets.weights import Source, folded, image_side, load_by_name, read_safetensors
-from jaxcl.typing import Array, PyTree, bad_argument, check_rank, check_width
+from jaxcl.nets.weights import Source, check_images, folded, image_side, load_by_name, read_safetensors
+from jaxcl.typing import Array, PyTree, bad_argument
 
 _EPSILON = 1e-5  # of the batch normalisation that the weights were trained with
 _HEAD_WIDTH = 64  # of CLIP's pooling by attention
@@ -35,10 +35,7 @@ class ResNet50(nn.Module):
         Raises:
             ValueError: images of another shape, or integers, which are not preprocessed.
         """
-        check_rank("images", images, 4)
-        check_width("images", images, 3, "RGB")
-        if not jnp.issubdtype(images.dtype, jnp.inexact):
-            raise bad_argument("images", f"dtype {images.dtype}", "pass them through the weights' preprocessing")
+        check_images(images)
         clip = self.positions is not None
         if clip:
             x = nn.relu(_convolution(self.width // 2, 3, 2, "stem_0")(images))

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxcl.nets.weights import Source, image_side, load_by_name, read_safetensors
-from jaxcl.typing import Array, PyTree, bad_argument, check_choice, check_rank, check_width
+from jaxcl.nets.weights import Source, check_images, image_side, load_by_name, read_safetensors
+from jaxcl.typing import Array, PyTree, bad_argument, check_choice
 
 _ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu": lambda x: nn.gelu(x, approximate=False),
@@ -43,11 +43,8 @@ class ViT(nn.Module):
         Raises:
             ValueError: images of another shape or size, or integers, which are not preprocessed.
         """
-        check_rank("images", images, 4)
-        check_width("images", images, 3, "RGB")
+        check_images(images)
         check_choice("activation", self.activation, _ACTIVATIONS)
-        if not jnp.issubdtype(images.dtype, jnp.inexact):
-            raise bad_argument("images", f"dtype {images.dtype}", "pass them through the weights' preprocessing")
         side = self.patch * round((self.positions - 1) ** 0.5)
         if images.shape[1:3] != (side, side):
             raise bad_argument("images", f"{images.shape[1]} x {images.shape[2]}", f"resize them to {side} x {side}")

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxcl.typing import PyTree, bad_argument
+from jaxcl.typing import Array, PyTree, bad_argument, check_rank, check_width
 
 _LISTED = 10  # names of a kind that an error shows
 
@@ -105,6 +105,14 @@ def load_by_name(
         said = "; ".join(f"{kind}: {_listed(names)}" for kind, names in faults.items() if names)
         raise bad_argument("tensors", said, "pass the file and the sizes that belong to each other")
     return jax.tree.unflatten(structure, [params[path] for path in shapes])
+
+
+def check_images(images: Array, preprocessing: str = "the weights' preprocessing") -> None:
+    """Raises ValueError unless images are [B, H, W, 3] and of floats, as `preprocessing` leaves them."""
+    check_rank("images", images, 4)
+    check_width("images", images, 3, "RGB")
+    if not jnp.issubdtype(images.dtype, jnp.inexact):
+        raise bad_argument("images", f"dtype {images.dtype}", f"pass them through {preprocessing}")
 
 
 def image_side(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
