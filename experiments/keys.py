@@ -97,7 +97,7 @@ def train_bottleneck(
             "classes": classes, "learning_rate": learning_rate, "epochs": epochs, "batch_size": batch_size,
         }  # fmt: skip
         run.keep("dkvb", [
-            _train_in_dual(run, layer, start, stream, key, f"seed_{seed}", **steps)
+            _train_in_dual(run, layer, start, stream, key, seed, **steps)
             for seed, (start, stream, key) in enumerate(zip(params, looked_up, keys, strict=True))
         ], stages)  # fmt: skip
         return indexed
@@ -156,7 +156,7 @@ def _fit_and_look_up(
     indexed = []
     with run.bar("dkvb keys", len(tasks) * (fitting.epochs + 1), "epoch") as bar:
         for seed, (key, stream) in enumerate(zip(keys, tasks, strict=True)):
-            began, path = time.perf_counter(), run.checkpoints("dkvb") / f"seed_{seed}_keys.npz"
+            began, path = time.perf_counter(), run.checkpoints("dkvb") / f"keys_{seed}.npz"
             init_key, *epoch_keys = jax.random.split(key, 1 + fitting.epochs)
             values, state = layer.init(init_key)
             if fitting.share is not None:
@@ -199,7 +199,7 @@ def _train_in_dual(
     params: PyTree,
     stream: Stream,
     key: Key,
-    name: str,
+    seed: int,
     *,
     classes: int,
     learning_rate: float,
@@ -207,7 +207,7 @@ def _train_in_dual(
     batch_size: int,
 ) -> Result:
     """What `continual.run` leaves, of one seed whose values are trained in the dual; goes on where it was stopped."""
-    path = run.checkpoints("dkvb") / f"{name}_values.npz"
+    path = run.checkpoints("dkvb") / f"values_{seed}.npz"
     bits = np.ravel(jax.random.key_data(key)).tolist()
     began, stages = time.perf_counter(), len(stream.train_sets)
     answers = jax.jit(

@@ -29,11 +29,19 @@ def test_training_in_the_dual_is_training_in_the_loop(tmp_path):
     assert dual["costs"]["dkvb"]["compilations"]["mean"] == 3  # counts, steps and the end of a task
 
 
-@pytest.mark.parametrize("calls", [1, 5, 8])
-def test_a_run_in_the_dual_that_is_stopped_goes_on(tmp_path, monkeypatch, calls):
+DUAL = ["--epochs", "25", "--dual", "--checkpoint-seconds", "0"]  # three calls a task
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    out = tmp_path_factory.mktemp("undisturbed")
+    run_dkvb(out, *DUAL)
+    return out
+
+
+@pytest.mark.parametrize("calls", [1, 5, 9])
+def test_a_run_in_the_dual_that_is_stopped_goes_on(tmp_path, monkeypatch, undisturbed, calls):
     """Stopped in the first task, in a later one, and between two: the results are those of an undisturbed run."""
-    options = ["--epochs", "25", "--dual", "--checkpoint-seconds", "0"]  # three calls a task
-    run_dkvb(tmp_path / "whole", *options)
     train, left = bottleneck.train_votes, [calls]
 
     def stopping(*args, **settings):
@@ -44,21 +52,21 @@ def test_a_run_in_the_dual_that_is_stopped_goes_on(tmp_path, monkeypatch, calls)
 
     monkeypatch.setattr(keys.bottleneck, "train_votes", stopping)
     with pytest.raises(KeyboardInterrupt):
-        run_dkvb(tmp_path / "stopped", *options)
+        run_dkvb(tmp_path / "stopped", *DUAL)
     fitted = []
     monkeypatch.setattr(keys.bottleneck, "train_votes", train)
     monkeypatch.setattr(keys.bottleneck, "fit_epoch", lambda *args, **settings: fitted.append(args))
-    run_dkvb(tmp_path / "stopped", *options)
+    run_dkvb(tmp_path / "stopped", *DUAL)
     assert not fitted  # keys were kept
-    assert results_in(tmp_path / "stopped") == results_in(tmp_path / "whole")
-    assert (tmp_path / "stopped" / "history.csv").read_bytes() == (tmp_path / "whole" / "history.csv").read_bytes()
+    assert results_in(tmp_path / "stopped") == results_in(undisturbed)
+    assert (tmp_path / "stopped" / "history.csv").read_bytes() == (undisturbed / "history.csv").read_bytes()
 
 
 def test_a_damaged_checkpoint_is_named(tmp_path):
     folder = tmp_path / "run" / "checkpoints" / "dkvb"
     folder.mkdir(parents=True)
-    (folder / "seed_0_keys.npz").write_bytes(b"not a checkpoint")
-    with pytest.raises(ValueError, match=r"out: got .*seed_0_keys.npz, which cannot be read .*; remove it"):
+    (folder / "keys_0.npz").write_bytes(b"not a checkpoint")
+    with pytest.raises(ValueError, match=r"out: got .*keys_0.npz, which cannot be read .*; remove it"):
         run_dkvb(tmp_path / "run")
 
 

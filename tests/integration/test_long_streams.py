@@ -31,7 +31,7 @@ def resident_bytes():
 
 def thousand_tasks():
     """What the run came to, and the bytes this process held after each task."""
-    train, test = clusters(8, 1), clusters(2, 2)
+    train, test = clusters(8, 1), clusters(1, 2)
     stream = streams.class_incremental(jax.random.key(0), train, test, classes_per_task=1)
     layer = bottleneck.discrete_key_value_bottleneck(WIDTH, TASKS, codebooks=8, pairs=256, key_width=4)
     params, state = layer.init(jax.random.key(1))
