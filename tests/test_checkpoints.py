@@ -5,6 +5,7 @@ import itertools
 import os
 import resource
 import shutil
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ from methods import Stopped, assert_same, bits, run_method, run_together
 
 from jaxcl import continual
 from jaxcl.continual import Checkpoint, checkpoints, course, loop, streams
+from jaxcl.continual.sharding import Layout
 
 # Orbax leaves threads of saves that failed behind, which complain when they are collected.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -187,6 +189,26 @@ def test_what_is_saved_is_the_state_at_the_time(name, tmp_path, watch, monkeypat
             found = manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore())).state
             written = sorted((leaf.dtype.name, leaf.shape, np.asarray(leaf).tobytes()) for leaf in found.values())
             assert written == sorted((leaf.dtype.name, leaf.shape, leaf.tobytes()) for leaf in state)
+
+
+def test_a_record_may_be_changed_while_it_is_written(tmp_path, monkeypatch):
+    """It is written only after the change."""
+    changed, write = threading.Event(), ocp.JsonCheckpointHandler._save_fn
+
+    async def late(self, document, directory):
+        assert changed.wait(60)
+        await write(self, document, directory)
+
+    monkeypatch.setattr(ocp.JsonCheckpointHandler, "_save_fn", late)
+    keeper = checkpoints.Checkpoints(Checkpoint(tmp_path, 0), "seed_0", {}, alone=True)
+    record = {"step": 3, "history": [{"loss": 0.5}]}
+    keeper.save(jnp.ones(2), record)
+    record["step"] = record["history"][0]["loss"] = 4
+    changed.set()
+    keeper.close()
+    again = checkpoints.Checkpoints(Checkpoint(tmp_path, 0), "seed_0", {}, alone=True)
+    _, found = again.restore(jax.ShapeDtypeStruct((2,), jnp.float32), Layout(None))
+    assert found == {"step": 3, "history": [{"loss": 0.5}]}
 
 
 def test_the_newest_are_kept(tmp_path, watch):

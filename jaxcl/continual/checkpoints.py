@@ -2,6 +2,7 @@
 
 import threading
 import time
+from copy import deepcopy
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -94,11 +95,11 @@ class Checkpoints:
     def save(self, state: PyTree, record: dict[str, Any]) -> None:
         """Begins to write the state and a record of plain data; waits for the one before.
 
-        The state may be consumed as soon as this returns.
+        The state may be consumed, and the record changed, as soon as this returns.
         """
-        # Writing goes on in the background, from memory that the next step would overwrite: so from a copy.
+        # Writing goes on in the background, from memory that the next step would overwrite: so from copies.
         copy = jax.tree.map(jnp.copy, _plain(state))
-        document = {"identity": self._identity | _described(copy), "record": record}
+        document = {"identity": self._identity | _described(copy), "record": deepcopy(record)}
         items = ocp.args.Composite(state=ocp.args.StandardSave(_named(copy)), record=ocp.args.JsonSave(document))
         with self._clear("write"), _SAVING:
             self._manager.save((self._manager.latest_step() or 0) + 1, args=items, force=True)
