@@ -158,7 +158,7 @@ def train_dkvb(
     hidden = {"voting": None, "linear": (), "mlp": (128,)}[config.decoder]
     indexed = train_bottleneck(
         run, layer, config.learning_rate, tasks, init_keys, keys, classes=classes,
-        fitting=KeyFitting(config.key_epochs, config.key_batch_size, source, share),
+        fitting=KeyFitting(config.key_epochs, config.key_batch_size, share), source=source,
         decoder=None if hidden is None else nets.MLP(hidden, classes), train_decoder=config.train_decoder,
         dual=config.dual, epochs=config.epochs, batch_size=config.batch_size, steps_per_call=64,
     )  # fmt: skip

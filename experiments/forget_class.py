@@ -7,6 +7,9 @@ What is removed: every value of which the class's examples made half of the fetc
 other values the class's own entry, which is put below every other, so that the class is never the answer. What stays:
 the keys, which may lie where the class's examples were; how the class's examples moved other classes' entries in values
 that they shared; and, outside the bottleneck, the encoder, checkpoints and cached features.
+
+Another class may fall, where its examples fetched values that were removed; and it may rise, since examples that were
+taken for the deleted class no longer are. Columns show the largest of both, over seeds and classes.
 """
 
 import dataclasses
@@ -77,20 +80,18 @@ def run_experiment(config: Config) -> dict[str, Any]:
         delete_each(layer, of_seed, result.params, np.asarray(stream.train.labels), classes)
         for of_seed, result, stream in zip(indexed, run.results["dkvb"], tasks, strict=True)
     ]
-    rows = [["class", "before %", "after its deletion %", "largest change of another class, points"]]
-
+    before, after = (np.stack(part) for part in zip(*found, strict=True))  # [S, K], [S, K, K]
+    change = np.where(np.eye(classes, dtype=bool), 0, after - before[:, None])
+    fall, rise = np.maximum(-change, 0), np.maximum(change, 0)
+    rows = [["class", "before %", "after its deletion %", "largest fall of another class, points", "largest rise"]]
     for label in range(classes):
-        before = [of_seed[0][label] for of_seed in found]
-        after = [of_seed[1][label, label] for of_seed in found]
-        change = [np.abs(np.delete(of_seed[1][label] - of_seed[0], label)).max() for of_seed in found]
-        rows.append(
-            [str(label), *(f"{100 * np.mean(part):.1f}" for part in (before, after)), f"{100 * max(change):.2f}"]
-        )
+        shares = before[:, label].mean(), after[:, label, label].mean()
+        extremes = fall[:, label].max(), rise[:, label].max()
+        rows.append([str(label), *(f"{100 * x:.1f}" for x in shares), *(f"{100 * x:.2f}" for x in extremes)])
     run.findings["deletion"] = over_seeds(
-        accuracy_of_the_deleted=[float(of_seed[1].diagonal().mean()) for of_seed in found],
-        largest_change_of_another=[
-            float(np.abs((of_seed[1] - of_seed[0])[~np.eye(classes, dtype=bool)]).max()) for of_seed in found
-        ],
+        accuracy_of_the_deleted=np.diagonal(after, axis1=1, axis2=2).mean(axis=1).tolist(),
+        largest_fall_of_another=fall.max(axis=(1, 2)).tolist(),
+        largest_rise_of_another=rise.max(axis=(1, 2)).tolist(),
     )
     run.tell(report.text_table(rows))
     return run.finish()

@@ -25,6 +25,7 @@ import numpy as np
 from experiments.card import Card
 from experiments.common import Run, RunConfig, over_seeds, parse_command
 from experiments.features import load_features
+from experiments.keys import KeyFitting, fit_keys
 from jaxcl import bottleneck, continual, report
 from jaxcl.bottleneck import Bottleneck, KeyPolicy, KeyState
 from jaxcl.continual import Checkpoint, Examples, Result, Stream, streams
@@ -107,10 +108,12 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     run = Run(config, "key_care")
     if document := run.finished():
         return document
-    keys = [jax.random.split(jax.random.key(seed), 4) for seed in range(config.seeds)]
+    keys = [jax.random.split(jax.random.key(seed), 3) for seed in range(config.seeds)]
     tasks = [_stream(config, key[0]) for key in keys]
     policy = KeyPolicy(config.shift, config.far, config.most)
-    figures = {}
+    fitting = KeyFitting(config.key_epochs, config.batch_size)
+    figures: dict[str, Any] = {}
+    found: dict[str, Any] = {}
     for method in METHODS:
         width = tasks[0].train.inputs.shape[1]
         layer = bottleneck.discrete_key_value_bottleneck(
@@ -118,12 +121,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             spare=0 if method == "all_keys" else config.spare,
         )  # fmt: skip
         results: list[Result] = []
-        with run.bar(method, config.seeds * 2 * config.epochs, "epoch") as bar:
-            for seed, (stream, (_, init_key, fit_key, run_key)) in enumerate(zip(tasks, keys, strict=True)):
+        with run.bar(method, config.seeds * (config.key_epochs + 2 * config.epochs), "epoch") as bar:
+            for seed, (stream, (_, init_key, run_key)) in enumerate(zip(tasks, keys, strict=True)):
                 first = jnp.asarray(stream.train.inputs[stream.train_sets[0].rows])
-                values, state = layer.init(init_key)
-                for key in jax.random.split(fit_key, config.key_epochs):
-                    state = bottleneck.fit_epoch(key, layer, values, state, first, batch_size=config.batch_size)
+                values, state, _ = fit_keys(run, method, layer, fitting, first, init_key, seed, bar)
                 reference = jax.jit(bottleneck.reference_distances, static_argnums=0)(layer, values, state, first)
                 strategy = continual.cared_key_value_bottleneck(
                     layer,
@@ -146,9 +147,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     for method in METHODS:
         final = [result.accuracy[-1] for result in run.results[method]]
         placed = [float(result.strategy_state.placed.mean()) for result in run.results[method]]
-        run.findings[method] = over_seeds(old=[a[0] for a in final], new=[a[1] for a in final], placed=placed)
+        found[method] = over_seeds(old=[a[0] for a in final], new=[a[1] for a in final], placed=placed)
         old, new = (f"{100 * np.mean([a[task] for a in final]):.1f}" for task in (0, 1))
         rows.append([method, old, new, f"{np.mean(placed):.0f}"])
+    run.findings["key_care"] = found
     run.figures |= figures
     run.tell(report.text_table(rows))
     return run.finish()

@@ -20,8 +20,9 @@ from jaxcl.typing import Array, ArrayLike, Key, PyTree, bad_argument
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+    from tqdm import tqdm
 
-_EPOCHS_A_CALL = 10  # of training in the dual
+_MOST_EPOCHS_A_CALL = 10  # of training in the dual
 
 
 class KeyFitting(NamedTuple):
@@ -29,7 +30,6 @@ class KeyFitting(NamedTuple):
 
     epochs: int  # passes over the source
     batch_size: int  # examples in a step
-    source: ArrayLike | None = None  # unlabelled features [N, D]; None takes those of the first seed's stream
     share: float | None = None  # of the source's variance that a learned projection keeps; None draws one at random
 
 
@@ -52,6 +52,7 @@ def train_bottleneck(
     *,
     classes: int,
     fitting: KeyFitting,
+    source: ArrayLike | None = None,
     decoder: nets.MLP | None = None,
     train_decoder: bool = False,
     dual: bool = False,
@@ -70,6 +71,7 @@ def train_bottleneck(
         keys: [S], one a seed, for training; consumed.
         classes: K, which values may be wider than.
         fitting: of the keys.
+        source: unlabelled features [N, D] that keys are fitted to; None takes those of the first seed's stream.
         decoder: a network of the values, drawn for each seed; None lets them vote.
         train_decoder: whether it learns with the values.
         dual: whether values are trained by `bottleneck.train_votes`.
@@ -82,9 +84,8 @@ def train_bottleneck(
     """
     if dual and decoder:
         raise bad_argument("dual", dual, "a decoder is trained without it: leave one of the two out")
-    source = tasks[0].train.inputs if fitting.source is None else fitting.source
-    source = jnp.asarray(source).reshape(-1, source.shape[-1])
-    indexed = _fit_and_look_up(run, layer, fitting, source, tasks, init_keys)
+    shown = jnp.asarray(tasks[0].train.inputs if source is None else source)
+    indexed = _fit_and_look_up(run, layer, fitting, shown.reshape(-1, shown.shape[-1]), tasks, init_keys)
     params, stages = [seed.params for seed in indexed], [seed.stage for seed in indexed]
     if decoder:
         params = [
@@ -143,6 +144,41 @@ def key_figures(layer: Bottleneck, indexed: Indexed, stream: Stream, *, examples
     }
 
 
+def fit_keys(
+    run: Run, name: str, layer: Bottleneck, fitting: KeyFitting, source: Array, key: Key, seed: int, bar: "tqdm[Any]"
+) -> tuple[PyTree, KeyState, float]:
+    """Values and keys of one seed, and the seconds that it took; saved on the way, so that a stopped run goes on.
+
+    Args:
+        run: whose method `name` it is.
+        name: of the method.
+        layer: the bottleneck.
+        fitting: how.
+        source: unlabelled features [N, D].
+        key: consumed.
+        seed: its number.
+        bar: told of each pass.
+    """
+    began, path = time.perf_counter(), run.checkpoints(name) / f"keys_{seed}.npz"
+    init_key, *epoch_keys = jax.random.split(key, 1 + fitting.epochs)
+    values, state = layer.init(init_key)
+    if fitting.share is not None:
+        state = bottleneck.learn_projection(jax.random.fold_in(key, 2), state, source, share=fitting.share)
+    done, before = 0, 0.0
+    if saved := load_tree(path, (state, {"done": np.zeros(2)})):
+        state, done, before = saved[0], int(saved[1]["done"][0]), float(saved[1]["done"][1])
+    bar.update(done)
+    written = time.perf_counter()
+    for number in range(done, fitting.epochs):
+        state = bottleneck.fit_epoch(epoch_keys[number], layer, values, state, source, batch_size=fitting.batch_size)
+        jax.block_until_ready(state)
+        bar.update()
+        if run.due(written) or (number + 1 == fitting.epochs and run.due(began)):
+            written = time.perf_counter()
+            save_tree(path, (state, {"done": np.array([number + 1, before + written - began])}))
+    return values, state, before + time.perf_counter() - began
+
+
 def _fit_and_look_up(
     run: Run,
     layer: Bottleneck,
@@ -151,35 +187,17 @@ def _fit_and_look_up(
     tasks: Sequence[Stream],
     keys: Sequence[Key],
 ) -> list[Indexed]:
-    """Keys are saved as they are fitted, so that a run that was stopped goes on with them."""
     lookup = jax.jit(layer.lookup)
     indexed = []
     with run.bar("dkvb keys", len(tasks) * (fitting.epochs + 1), "epoch") as bar:
         for seed, (key, stream) in enumerate(zip(keys, tasks, strict=True)):
-            began, path = time.perf_counter(), run.checkpoints("dkvb") / f"keys_{seed}.npz"
-            init_key, *epoch_keys = jax.random.split(key, 1 + fitting.epochs)
-            values, state = layer.init(init_key)
-            if fitting.share is not None:
-                state = bottleneck.learn_projection(jax.random.fold_in(key, 2), state, source, share=fitting.share)
-            done, before = 0, 0.0
-            if saved := load_tree(path, (state, {"done": np.zeros(2)})):
-                state, done, before = saved[0], int(saved[1]["done"][0]), float(saved[1]["done"][1])
-            bar.update(done)
-            written = time.perf_counter()
-            for number in range(done, fitting.epochs):
-                state = bottleneck.fit_epoch(
-                    epoch_keys[number], layer, values, state, source, batch_size=fitting.batch_size
-                )
-                jax.block_until_ready(state)
-                bar.update()
-                if run.due(written) or (number + 1 == fitting.epochs and run.due(began)):
-                    written = time.perf_counter()
-                    save_tree(path, (state, {"done": np.array([number + 1, before + written - began])}))
+            values, state, seconds = fit_keys(run, "dkvb", layer, fitting, source, key, seed, bar)
             # Keys never move again, so what each example fetches is known for good: train on that.
+            began = time.perf_counter()
             looked_up = streams.map_inputs(stream, lambda x: lookup(values, state, x).astype(jnp.uint16))  # noqa: B023
             bar.update()
             kept = trees.byte_count((state.projection, state.keys.codebook))
-            stage = FeatureStage(kept, before + time.perf_counter() - began)
+            stage = FeatureStage(kept, seconds + time.perf_counter() - began)
             indexed.append(Indexed(values, state, looked_up, stage))
     return indexed
 
@@ -219,6 +237,8 @@ def _train_in_dual(
         return np.array([np.mean(np.asarray(answers(params, test.inputs)) == test.labels) for test in tests])
 
     most = max(len(part.rows) for part in stream.train_sets)
+    # The same in each call, so that it compiles once.
+    per_call = max(number for number in range(1, _MOST_EPOCHS_A_CALL + 1) if not epochs % number)
     progress: dict[str, Any] = {
         "stage": np.int64(0), "epoch": np.int64(0), "seconds": np.float64(0), "accuracy": np.zeros((stages, stages)),
         "losses": np.zeros((stages, epochs)), "moves": np.zeros((most, classes), np.float32),
@@ -247,11 +267,11 @@ def _train_in_dual(
                 params, stream.train.inputs[filled], np.asarray(stream.train.labels)[filled], classes=classes
             )
             votes = votes._replace(moves=jnp.asarray(progress["moves"]))
-            for epoch in range(int(progress["epoch"]), epochs, _EPOCHS_A_CALL):
+            for epoch in range(int(progress["epoch"]), epochs, per_call):
                 # In the order of `continual.run`.
                 orders = [
                     _order(np.random.default_rng([*bits, stage, number]).permutation(len(rows)), most, batch_size)
-                    for number in range(epoch, min(epoch + _EPOCHS_A_CALL, epochs))
+                    for number in range(epoch, epoch + per_call)
                 ]
                 votes, loss = bottleneck.train_votes(votes, np.concatenate(orders), learning_rate=learning_rate)
                 progress["losses"][stage, epoch : epoch + len(orders)] = float(loss)

@@ -8,6 +8,7 @@ from helpers import assert_close
 from scipy.special import erf
 
 from jaxcl import nets
+from jaxcl.nets import convmixer
 
 pytest.importorskip("safetensors")
 from safetensors.numpy import save_file
@@ -158,20 +159,20 @@ def convmixer_tensors(width, layers, patch, size):
     return found
 
 
-def convmixer_feature(tensors, x, layers, patch):
+def gelu(x):
+    return x * (1 + erf(x / np.sqrt(2))) / 2
+
+
+def convmixer_feature(tensors, x, layers, patch, activation):
     tensors = {name: tensor.astype(np.float64) for name, tensor in tensors.items()}
-
-    def gelu(x):
-        return x * (1 + erf(x / np.sqrt(2))) / 2
-
     cut = x.astype(np.float64).reshape(x.shape[0] // patch, patch, x.shape[1] // patch, patch, 3)
     x = np.einsum("aibjc,ocij->abo", cut, tensors["stem.0.weight"]) + tensors["stem.0.bias"]
-    x = normed(gelu(x), tensors, "stem.2")
+    x = normed(activation(x), tensors, "stem.2")
     for number in range(layers):
         name = f"blocks.{number}"
         mixed = convolve(x, tensors[f"{name}.0.fn.0.weight"], bias=tensors[f"{name}.0.fn.0.bias"])
-        x = x + normed(gelu(mixed), tensors, f"{name}.0.fn.2")
-        x = gelu(convolve(x, tensors[f"{name}.1.weight"], bias=tensors[f"{name}.1.bias"]))
+        x = x + normed(activation(mixed), tensors, f"{name}.0.fn.2")
+        x = activation(convolve(x, tensors[f"{name}.1.weight"], bias=tensors[f"{name}.1.bias"]))
         x = normed(x, tensors, f"{name}.3")
     return x.mean(axis=(0, 1))
 
@@ -184,17 +185,29 @@ def authors_name(name):
     return f"{int(number) + 3}.{rest}"
 
 
-@pytest.mark.parametrize("named", ["timm", "authors"])
-def test_convmixer_features_are_those_of_the_formula(named, tmp_path):
+@pytest.mark.parametrize(("named", "activation"), [("timm", None), ("authors", "relu")])
+def test_convmixer_features_are_those_of_the_formula(named, activation, tmp_path):
     tensors = convmixer_tensors(16, 3, 8, 5)
     file = {authors_name(name) if named == "authors" else name: tensor for name, tensor in tensors.items()}
     head = "8" if named == "authors" else "head"
     file |= {f"{head}.weight": draw(7, 16), f"{head}.bias": draw(7)}
     save_file(file, tmp_path / "convmixer.safetensors")
-    net, params = nets.load_convmixer(tmp_path / "convmixer.safetensors")
-    assert net == nets.ConvMixer(8, 16, 3, 5)
-    expected = np.stack([convmixer_feature(tensors, image, 3, 8) for image in IMAGES])
+    net, params = nets.load_convmixer(tmp_path / "convmixer.safetensors", activation=activation)
+    assert net == nets.ConvMixer(8, 16, 3, 5, activation or "gelu")
+    expected = np.stack([convmixer_feature(tensors, image, 3, 8, relu if activation else gelu) for image in IMAGES])
     assert_close(jax.jit(net.apply)(params, IMAGES), expected, 1e-4)
+
+
+@pytest.mark.parametrize(("width", "layers", "activation"), [(768, 32, "relu"), (1536, 20, "gelu"), (1024, 20, "gelu")])
+def test_published_convmixers_have_their_activation(width, layers, activation, monkeypatch):
+    shapes = {"stem.0.weight": (width, 3, 7, 7)} | {
+        f"blocks.{number}.0.fn.0.weight": (width, 1, 7, 7) for number in range(layers)
+    }
+    tensors = {name: np.broadcast_to(np.float32(0), shape) for name, shape in shapes.items()}
+    monkeypatch.setattr(convmixer, "read_safetensors", lambda path: tensors)
+    monkeypatch.setattr(convmixer, "load_by_name", lambda *args, **settings: None)
+    net, _ = nets.load_convmixer("published.safetensors")
+    assert (net.width, net.layers, net.activation) == (width, layers, activation)
 
 
 @pytest.mark.parametrize(
@@ -230,6 +243,8 @@ def test_a_file_becomes_an_encoder_of_images(tmp_path):
     assert other.name != encoder.name
     with pytest.raises(ValueError, match="network: got 'alexnet'; choose one of 'vit'"):
         nets.pretrained_encoder("alexnet", path)
+    with pytest.raises(ValueError, match="activation: got gelu; leave it out: a resnet50 has relu"):
+        nets.pretrained_encoder("resnet50", path, activation="gelu")
     with pytest.raises(ValueError, match="images: got dtype float32"):
         encoder.apply(encoder.params, images.astype(np.float32))
 

@@ -8,6 +8,7 @@ from helpers import assert_close
 from scipy.special import erf
 
 from jaxcl import nets
+from jaxcl.nets import vit
 
 pytest.importorskip("safetensors")
 from safetensors.numpy import save_file
@@ -119,6 +120,21 @@ def test_features_are_those_of_the_formula(kind, tmp_path):
     assert (net.patch, net.width, net.layers, net.heads, net.hidden) == (PATCH, WIDTH, LAYERS, 2, HIDDEN)
     images = np.random.default_rng(1).normal(size=(2, SIDE, SIDE, 3)).astype(np.float32)
     assert_close(jax.jit(net.apply)(params, images), reference(kind, images), 1e-4)
+
+
+@pytest.mark.parametrize(("width", "heads"), [(192, 3), (768, 12), (1024, 16), (1280, 16), (1664, 16)])
+def test_published_sizes_have_their_heads(width, heads, monkeypatch):
+    """ViT-Ti, B, L, H and OpenCLIP's bigG; activations that tensors do not tell are the caller's to name."""
+    shapes = {
+        "class_embedding": (width,), "conv1.weight": (width, 3, 14, 14), "positional_embedding": (257, width),
+        "transformer.resblocks.0.ln_1.weight": (width,), "proj": (width, 512),
+    }  # fmt: skip
+    tensors = {name: np.broadcast_to(np.float32(0), shape) for name, shape in shapes.items()}
+    monkeypatch.setattr(vit, "read_safetensors", lambda path: tensors)
+    monkeypatch.setattr(vit, "load_by_name", lambda *args, **settings: None)
+    net, _ = nets.load_vit("published.safetensors")
+    assert (net.heads, net.activation) == (heads, "quick_gelu")
+    assert nets.load_vit("published.safetensors", activation="gelu")[0].activation == "gelu"
 
 
 def test_what_does_not_belong_is_listed(tmp_path):

@@ -70,7 +70,8 @@ def _ours(value_width: int, *, cached: bool) -> Step:
     return step
 
 
-def _peer(distances: str) -> Step:
+def dense_rule(distances: str) -> Step:
+    """A step in PyTorch; distances are "full", the authors', or "matmul", the fastest form we know."""
     import torch
     from torch import nn
 
@@ -107,7 +108,7 @@ def _peer(distances: str) -> Step:
 CASES = {
     f"values of {width} floats{'' if cached else ', no cache'}; torch, {form}": Case(
         partial(_ours, width, cached=cached),
-        partial(_peer, distances),
+        partial(dense_rule, distances),
         repeats=7,
         ours_per_round=30 if cached else 3,
     )

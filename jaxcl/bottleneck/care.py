@@ -46,6 +46,7 @@ class KeyCare(NamedTuple):
     """What `care_for_keys` did."""
 
     health: KeyHealth  # before
+    above: Array  # [], the policy's shift
     placed: Array  # [C] int32, keys that were put on heads of the batch
 
 
@@ -138,21 +139,22 @@ def care_for_keys(
         active=state.active | placed,
         usage=jnp.where(placed, 1, state.usage),
     )
-    return params | {"values": values}, state, KeyCare(health, placed.sum(axis=1, dtype=jnp.int32))
+    care = KeyCare(health, jnp.float32(policy.shift), placed.sum(axis=1, dtype=jnp.int32))
+    return params | {"values": values}, state, care
 
 
-def describe_care(care: KeyCare, *, policy: KeyPolicy = KeyPolicy()) -> list[dict[str, Any]]:  # noqa: B008
+def describe_care(care: KeyCare) -> list[dict[str, Any]]:
     """What was decided and why, a plain record a codebook: for a log; "placed" is 0 where nothing was done."""
-    records = []
+    records, above = [], f"above {float(care.above):.3g}"
     for number, (shift, far, free, placed) in enumerate(
         zip(care.health.shift, care.health.far, care.health.free, care.placed, strict=True)
     ):
-        if not shift > policy.shift:
-            cause = f"shift {float(shift):.3f} is not above {policy.shift}"
+        if not shift > care.above:
+            cause = f"shift {float(shift):.3f} is not {above}"
         elif not int(free):
-            cause = f"shift {float(shift):.3f} is above {policy.shift}, but no key is free"
+            cause = f"shift {float(shift):.3f} is {above}, but no key is free"
         else:
-            cause = f"shift {float(shift):.3f} is above {policy.shift}; {float(far):.1%} of heads are far"
+            cause = f"shift {float(shift):.3f} is {above}; {float(far):.1%} of heads are far"
         records.append({"codebook": number, "placed": int(placed), "free": int(free - placed), "cause": cause})
     return records
 

@@ -1,7 +1,10 @@
 """ConvMixer as a frozen encoder, with published weights."""
 
 import re
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import flax.linen as nn
 import jax
@@ -10,8 +13,10 @@ import numpy as np
 
 from jaxcl.nets.efficientnet import Depthwise
 from jaxcl.nets.weights import Source, check_images, image_side, load_by_name, read_safetensors
-from jaxcl.typing import Array, PyTree, bad_argument
+from jaxcl.typing import Array, PyTree, bad_argument, check_choice
 
+Activation = Literal["gelu", "relu"]
+_ACTIVATIONS: dict[str, Callable[[Array], Array]] = {"gelu": partial(nn.gelu, approximate=False), "relu": nn.relu}
 _EPSILON = 1e-5  # of the batch normalisation that the weights were trained with
 
 
@@ -26,21 +31,25 @@ class ConvMixer(nn.Module):
     width: int  # D
     layers: int
     size: int  # of the convolutions of each channel by itself; odd
+    activation: Activation = "gelu"
 
     @nn.compact
     def __call__(self, images: Array) -> Array:
         """Features [B, D] of images [B, H, W, 3].
 
         Raises:
-            ValueError: images of another shape, or integers, which are not preprocessed.
+            ValueError: images of another shape, or integers, which are not preprocessed; an unknown activation.
         """
         check_images(images)
+        check_choice("activation", self.activation, _ACTIVATIONS)
+        activation = _ACTIVATIONS[self.activation]
         x = nn.Conv(self.width, (self.patch,) * 2, (self.patch,) * 2, "VALID", name="patches")(images)
-        x = _Affine(name="patches_norm")(_gelu(x))
+        x = _Affine(name="patches_norm")(activation(x))
         for number in range(self.layers):
             mixed = Depthwise(self.size, 1, name=f"depthwise_{number}")(x)
-            x += _Affine(name=f"depthwise_norm_{number}")(_gelu(mixed))
-            x = _Affine(name=f"pointwise_norm_{number}")(_gelu(nn.Dense(self.width, name=f"pointwise_{number}")(x)))
+            x += _Affine(name=f"depthwise_norm_{number}")(activation(mixed))
+            mixed = nn.Dense(self.width, name=f"pointwise_{number}")(x)
+            x = _Affine(name=f"pointwise_norm_{number}")(activation(mixed))
         return x.mean(axis=(1, 2))
 
 
@@ -54,11 +63,16 @@ class _Affine(nn.Module):
         return x * scale + self.param("bias", nn.initializers.zeros, shape)
 
 
-def load_convmixer(path: str | Path) -> tuple[ConvMixer, PyTree]:
+def load_convmixer(path: str | Path, *, activation: Activation | None = None) -> tuple[ConvMixer, PyTree]:
     """A ConvMixer and its parameters from a safetensors file; sizes are those of its tensors.
 
     Tensors are named as timm names them (``stem.0.weight``, ``blocks.0.0.fn.0.weight``) or as the authors' Sequential
     does (``0.weight``, ``3.0.fn.0.weight``); the classifier is left alone.
+
+    Args:
+        path: the file.
+        activation: which tensors do not tell; None takes what the published weights have, relu where the network is 768
+            wide and 32 layers deep, else gelu.
 
     Raises:
         ImportError: the safetensors package is missing.
@@ -71,7 +85,8 @@ def load_convmixer(path: str | Path) -> tuple[ConvMixer, PyTree]:
             raise bad_argument("path", f"{path}, which has no tensor {name}", "pass a ConvMixer's")
     width, _, patch, _ = tensors["stem.0.weight"].shape
     layers = sum(f"blocks.{number}.0.fn.0.weight" in tensors for number in range(len(tensors)))
-    net = ConvMixer(patch, width, layers, tensors["blocks.0.0.fn.0.weight"].shape[-1])
+    published: Activation = "relu" if (width, layers) == (768, 32) else "gelu"
+    net = ConvMixer(patch, width, layers, tensors["blocks.0.0.fn.0.weight"].shape[-1], activation or published)
     template = jax.eval_shape(net.init, jax.random.key(0), jnp.zeros((1, patch, patch, 3)))
 
     def ignored(name: str) -> bool:
@@ -123,7 +138,3 @@ def _affine(path: str, norm: str) -> dict[str, Source]:
         f"params/{path}/scale": Source((weight, variance), scale),
         f"params/{path}/bias": Source((shift, mean, weight, variance), bias),
     }
-
-
-def _gelu(x: Array) -> Array:
-    return nn.gelu(x, approximate=False)

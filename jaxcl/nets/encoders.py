@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,7 @@ _CLIP: tuple[Statistics, Statistics] = (
     (0.48145466, 0.4578275, 0.40821073),
     (0.26862954, 0.26130258, 0.27577711),
 )
-_LOADERS: dict[str, Callable[[str | Path], tuple[Any, PyTree]]] = {
+_LOADERS: dict[str, Callable[..., tuple[Any, PyTree]]] = {
     "vit": load_vit,
     "resnet50": load_resnet50,
     "convmixer": load_convmixer,
@@ -65,6 +65,7 @@ def pretrained_encoder(
     size: int | None = None,
     mean: Statistics | None = None,
     deviation: Statistics | None = None,
+    activation: Literal["gelu", "quick_gelu", "relu"] | None = None,
 ) -> FrozenEncoder:
     """A published image encoder from its weights' file: images [B, H, W, 3] uint8 to features [B, D].
 
@@ -76,12 +77,15 @@ def pretrained_encoder(
         size: to which images are resized; None takes the size that the weights have places for, else 224.
         mean: of the images that the weights were trained on; None takes CLIP's for CLIP's weights, else ImageNet's.
         deviation: as `mean`.
+        activation: of a vit (gelu or quick_gelu) or a convmixer (gelu or relu), as in their loaders.
 
     Raises:
         As the loaders; ValueError for an unknown network, and in use for images of another shape or dtype.
     """
     check_choice("network", network, _LOADERS)
-    net, params = _LOADERS[network](path)
+    if activation is not None and network == "resnet50":
+        raise bad_argument("activation", activation, "leave it out: a resnet50 has relu")
+    net, params = _LOADERS[network](path, **({"activation": activation} if activation else {}))
     clip = getattr(net, "projected", None) is not None and getattr(net, "positions", None) is not None
     places = getattr(net, "positions", None)
     if size is None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Literal
 
 import flax.linen as nn
 import jax
@@ -11,11 +12,12 @@ import numpy as np
 from jaxcl.nets.weights import Source, check_images, image_side, load_by_name, read_safetensors
 from jaxcl.typing import Array, PyTree, bad_argument, check_choice
 
+Activation = Literal["gelu", "quick_gelu"]
 _ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu": lambda x: nn.gelu(x, approximate=False),
     "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),
 }
-_HEAD_WIDTH = 64  # of every published model
+_HEAD_WIDTH, _MOST_HEADS = 64, 16  # of published models; those wider than 1,024 have wider heads
 
 
 class ViT(nn.Module):
@@ -34,7 +36,7 @@ class ViT(nn.Module):
     positions: int  # patches of an image, and one for the class token
     projected: int | None = None  # width of CLIP's projection
     epsilon: float = 1e-6  # of the normalisation
-    activation: str = "gelu"  # or quick_gelu
+    activation: Activation = "gelu"
 
     @nn.compact
     def __call__(self, images: Array) -> Array:
@@ -83,11 +85,16 @@ class _Layer(nn.Module):
         return x + nn.Dense(width, name="output")(_ACTIVATIONS[self.activation](inner))
 
 
-def load_vit(path: str | Path) -> tuple[ViT, PyTree]:
+def load_vit(path: str | Path, *, activation: Activation | None = None) -> tuple[ViT, PyTree]:
     """A vision Transformer and its parameters from a safetensors file; sizes are those of its tensors.
 
     Tensors are named as CLIP names them (``visual.class_embedding``; with or without ``visual.``, the text side is left
     alone), or as DINO and timm's supervised models do (``cls_token``, also behind ``backbone.``; heads are left alone).
+
+    Args:
+        path: the file.
+        activation: which tensors do not tell; None takes quick_gelu for CLIP's names, as OpenAI's weights have it, else
+            gelu, which most of OpenCLIP's weights have too.
 
     Raises:
         ImportError: the safetensors package is missing.
@@ -106,12 +113,12 @@ def load_vit(path: str | Path) -> tuple[ViT, PyTree]:
         patch,
         width,
         layers=sum(names["layer"].format(number) + ".weight" in tensors for number in range(len(tensors))),
-        heads=max(1, width // _HEAD_WIDTH),
+        heads=min(max(1, width // _HEAD_WIDTH), _MOST_HEADS),
         hidden=tensors[first].shape[0] if first in tensors else 4 * width,
         positions=tensors[names["position_embedding"]].shape[-2],
         projected=tensors["proj"].shape[1] if clip and "proj" in tensors else None,
         epsilon=1e-5 if clip else 1e-6,
-        activation="quick_gelu" if clip else "gelu",
+        activation=activation or ("quick_gelu" if clip else "gelu"),
     )
     side = patch * round((net.positions - 1) ** 0.5)
     template = jax.eval_shape(net.init, jax.random.key(0), jnp.zeros((1, side, side, 3)))

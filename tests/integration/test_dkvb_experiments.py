@@ -29,7 +29,7 @@ def test_training_in_the_dual_is_training_in_the_loop(tmp_path):
     assert dual["costs"]["dkvb"]["compilations"]["mean"] == 3  # counts, steps and the end of a task
 
 
-DUAL = ["--epochs", "25", "--dual", "--checkpoint-seconds", "0"]  # three calls a task
+DUAL = ["--epochs", "21", "--dual", "--checkpoint-seconds", "0"]  # three calls a task
 
 
 @pytest.fixture(scope="module")
@@ -121,14 +121,14 @@ def test_a_deleted_class_is_gone_and_others_stay(tmp_path):
     document = forget_class.main(["--seeds", "1", "--out", str(tmp_path)])
     found = document["deletion"]
     assert found["accuracy_of_the_deleted"]["mean"] == 0
-    assert found["largest_change_of_another"]["mean"] < 0.05
+    assert found["largest_fall_of_another"]["mean"] < 0.05 > found["largest_rise_of_another"]["mean"]
     assert document["results"]["dkvb"]["acc"]["mean"] > 0.9
 
 
 def test_key_care_places_keys_where_it_is_on(tmp_path):
-    document = key_care.main(["--preset", "smoke", "--seeds", "1", "--out", str(tmp_path)])
-    assert document["care"]["placed"]["mean"] > 0
-    assert document["all_keys"]["placed"]["mean"] == document["spare_asleep"]["placed"]["mean"] == 0
+    found = key_care.main(["--preset", "smoke", "--seeds", "1", "--out", str(tmp_path)])["key_care"]
+    assert found["care"]["placed"]["mean"] > 0
+    assert found["all_keys"]["placed"]["mean"] == found["spare_asleep"]["placed"]["mean"] == 0
     for method in key_care.METHODS:
-        assert 0 < document[method]["old"]["mean"] <= 1 and 0 < document[method]["new"]["mean"] <= 1
+        assert 0 < found[method]["old"]["mean"] <= 1 and 0 < found[method]["new"]["mean"] <= 1
     assert "How far heads of test examples are" in (tmp_path / "report.html").read_text()
