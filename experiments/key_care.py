@@ -11,9 +11,12 @@ value of the key that was nearest (bottleneck.care_for_keys). Three ways are com
 * care: the same reserve, looked after every --refresh-every steps.
 
 old is the accuracy at the end on the first task, which has not been seen since, and new that on what came after.
+decisions.csv tells what each check found and did.
 """
 
+import csv
 import dataclasses
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -26,10 +29,10 @@ from experiments.card import Card
 from experiments.common import Run, RunConfig, over_seeds, parse_command
 from experiments.features import load_features
 from experiments.keys import KeyFitting, fit_keys
-from jaxcl import bottleneck, continual, report
+from jaxcl import bottleneck, continual, files, report
 from jaxcl.bottleneck import Bottleneck, KeyPolicy, KeyState
 from jaxcl.continual import Checkpoint, Examples, Result, Stream, streams
-from jaxcl.typing import Key, bad_argument, check_between
+from jaxcl.typing import Key, bad_argument, check_at_least, check_between
 
 CARDS = {
     "--preset smoke": Card("20 s", "that it runs"),
@@ -99,6 +102,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Runs the experiment; returns what is in metrics.json."""
     config = parse_command(preset, data=("digits", "mnist"), argv=argv, description=__doc__ or "")
     check_between("spare", config.spare, 1, config.pairs - 1)
+    check_at_least("refresh_every", config.refresh_every, 1)
     if config.mesh or config.tensorboard:
         raise bad_argument(
             "mesh",
@@ -141,7 +145,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
                 )  # fmt: skip
                 results.append(result)
                 if method == "care" and seed == 0:
-                    figures = _distances(layer, state, result.strategy_state.keys, stream)
+                    figures = _shifts(config, result, stream)
+                    figures |= _distances(layer, state, result.strategy_state.keys, stream)
         run.keep(method, results)
     rows = [["keys", "old %", "new %", "keys placed in each codebook"]]
     for method in METHODS:
@@ -150,6 +155,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         found[method] = over_seeds(old=[a[0] for a in final], new=[a[1] for a in final], placed=placed)
         old, new = (f"{100 * np.mean([a[task] for a in final]):.1f}" for task in (0, 1))
         rows.append([method, old, new, f"{np.mean(placed):.0f}"])
+    files.write_atomic(config.out / "decisions.csv", _decisions(run.results["care"]))
     run.findings["key_care"] = found
     run.figures |= figures
     run.tell(report.text_table(rows))
@@ -165,6 +171,35 @@ def _stream(config: Config, key: Key) -> Stream:
     images = (Examples(np.asarray(part.inputs).reshape(-1, side, side), part.labels) for part in split)
     stream = streams.rotated(*images, degrees=[0.0, config.degrees])
     return streams.map_inputs(stream, jax.jit(lambda images: images.reshape(len(images), -1)))
+
+
+def _decisions(results: Sequence[Result]) -> str:
+    """What each check of the keys did and why, as CSV: seed, check, codebook, placed, free, cause."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, ["seed", "check", "codebook", "placed", "free", "cause"], lineterminator="\n")
+    writer.writeheader()
+    for seed, result in enumerate(results):
+        for number, care in continual.key_decisions(result.strategy_state):
+            writer.writerows({"seed": seed, "check": number} | record for record in bottleneck.describe_care(care))
+    return text.getvalue()
+
+
+def _shifts(config: Config, result: Result, stream: Stream) -> dict[str, Any]:
+    """The shift score at each check, of the codebook where it is largest and of the one in the middle."""
+    steps: list[int] = []
+    begin = 0
+    for part in stream.train_sets:  # checks are counted from the beginning of a task
+        end = begin + config.epochs * -(-len(part.rows) // config.batch_size)
+        steps += range(begin + config.refresh_every, end + 1, config.refresh_every)
+        begin = end
+    decisions = continual.key_decisions(result.strategy_state)
+    if not decisions:
+        return {}
+    at = [steps[number] for number, _ in decisions]
+    shift = np.stack([care.health.shift for _, care in decisions], axis=1)
+    lines = {"largest": shift.max(axis=0), "median": np.median(shift, axis=0), "threshold": [config.shift] * len(at)}
+    figure = report.curves_over_steps({name: np.array([at, line]) for name, line in lines.items()}, "shift")
+    return {"How far the data shifted, over codebooks (first seed, with care)": figure}
 
 
 def _distances(layer: Bottleneck, before: KeyState, after: KeyState, stream: Stream) -> dict[str, Any]:

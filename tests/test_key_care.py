@@ -12,6 +12,7 @@ from scipy import stats
 from jaxcl import bottleneck as bn
 from jaxcl import continual, quantize
 from jaxcl.continual import Examples, streams
+from jaxcl.continual.strategies import key_value
 
 CODEBOOKS, PAIRS, WIDTH, SPARE, CLASSES = 3, 24, 4, 8, 5
 FEATURES = CODEBOOKS * WIDTH
@@ -270,6 +271,21 @@ def test_keys_are_placed_in_the_middle_of_a_stream_without_a_second_compilation(
     result = trained(cared_strategy(4), stream())
     assert np.asarray(result.strategy_state.placed).min() >= SPARE
     assert all(count == 1 for count in result.compilations.values())
+
+
+@pytest.mark.parametrize("logged", [256, 5])
+def test_decisions_are_remembered_the_newest_of_them(logged, monkeypatch):
+    """A check every four steps of a task: of 42 and 30, for 198 and 132 examples."""
+    monkeypatch.setattr(key_value, "_LOGGED", logged)
+    state = trained(cared_strategy(4), stream()).strategy_state
+    decisions = continual.key_decisions(state)
+    checks = int(state.checks)
+    assert checks == 42 // 4 + 30 // 4
+    assert [number for number, _ in decisions] == list(range(max(0, checks - logged), checks))
+    if logged > checks:
+        np.testing.assert_array_equal(sum(care.placed for _, care in decisions), state.placed)
+        causes = [bn.describe_care(care)[0]["cause"] for _, care in decisions]
+        assert "is not above" in causes[0] and any("of heads are far" in cause for cause in causes[9:])
 
 
 # What is refused

@@ -1,5 +1,6 @@
 """The experiments with the key-value bottleneck: training in the dual, grids, key care, deleting a class."""
 
+import csv
 import json
 
 import numpy as np
@@ -131,4 +132,9 @@ def test_key_care_places_keys_where_it_is_on(tmp_path):
     assert found["all_keys"]["placed"]["mean"] == found["spare_asleep"]["placed"]["mean"] == 0
     for method in key_care.METHODS:
         assert 0 < found[method]["old"]["mean"] <= 1 and 0 < found[method]["new"]["mean"] <= 1
-    assert "How far heads of test examples are" in (tmp_path / "report.html").read_text()
+    page = (tmp_path / "report.html").read_text()
+    assert "How far heads of test examples are" in page and "How far the data shifted" in page
+    with (tmp_path / "decisions.csv").open() as file:
+        decisions = list(csv.DictReader(file))
+    assert sum(int(row["placed"]) for row in decisions) == 8 * found["care"]["placed"]["mean"]  # codebooks
+    assert all((int(row["placed"]) > 0) == ("of heads are far" in row["cause"]) for row in decisions)

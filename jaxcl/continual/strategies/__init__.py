@@ -15,6 +15,7 @@ from jaxcl.continual.strategies.key_value import (
     CaredKeys,
     Momentum,
     cared_key_value_bottleneck,
+    key_decisions,
     key_value_bottleneck,
 )
 from jaxcl.continual.strategies.regularisation import ewc, lwf, online_ewc, si, squared_gradients
@@ -36,6 +37,7 @@ __all__ = [
     "er",
     "ewc",
     "gradients_of",
+    "key_decisions",
     "key_value_bottleneck",
     "linear_probe",
     "lwf",

@@ -4,10 +4,12 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from jaxcl.bottleneck import (
     Bottleneck,
+    KeyCare,
     KeyPolicy,
     KeyState,
     Reference,
@@ -19,6 +21,8 @@ from jaxcl.bottleneck import (
 from jaxcl.continual.strategies.contract import Apply, Batch, Metrics, Strategy, cross_entropy
 from jaxcl.trees import Rows
 from jaxcl.typing import Array, Key, PyTree, check_at_least, check_between
+
+_LOGGED = 256  # checks of keys that a state remembers
 
 
 class Momentum(NamedTuple):
@@ -34,7 +38,8 @@ class CaredKeys(NamedTuple):
 
     keys: KeyState  # its usage counts what training fetched
     reference: Reference
-    shift: Array  # [C], as of the last refresh
+    checks: Array  # [] int32, so far
+    log: KeyCare  # with [256] before each leaf's shape, what the newest checks found and did: see `key_decisions`
     placed: Array  # [C] int32, keys placed so far
     values: PyTree  # what `key_value_bottleneck` keeps
 
@@ -147,7 +152,8 @@ def cared_key_value_bottleneck(
     """As `key_value_bottleneck`, but on features, and with `bottleneck.care_for_keys` as data drift.
 
     Inputs are features [B, D]: as keys may be placed, indices are looked up in every step, which costs far more than
-    the step. What training fetches is counted, and every so many steps the last batch is held against the reference.
+    the step. What training fetches is counted, and every so many steps the last batch is held against the reference;
+    `key_decisions` tells what came of it.
 
     Args:
         bottleneck: what `bottleneck.discrete_key_value_bottleneck` made.
@@ -163,9 +169,16 @@ def cared_key_value_bottleneck(
     check_at_least("temperature", temperature, 0)
     inner = key_value_bottleneck(bottleneck, classes=classes, label_smoothing=label_smoothing)
 
+    def care(
+        key: Key, params: PyTree, keys: KeyState, reference: Reference, features: Array
+    ) -> tuple[PyTree, KeyState, KeyCare]:
+        return care_for_keys(key, bottleneck, params, keys, reference, features, policy=policy)
+
     def init(key: Key, params: PyTree, batch: Batch) -> CaredKeys:
-        none = jnp.zeros(keys.usage.shape[:1])
-        return CaredKeys(keys, reference, none, none.astype(jnp.int32), inner.init(key, params, batch))
+        _, _, entry = jax.eval_shape(care, key, params, keys, reference, batch.inputs)
+        log = jax.tree.map(lambda leaf: jnp.zeros((_LOGGED, *leaf.shape), leaf.dtype), entry)
+        placed = jnp.zeros(keys.usage.shape[:1], jnp.int32)
+        return CaredKeys(keys, reference, jnp.int32(0), log, placed, inner.init(key, params, batch))
 
     def gradients(key: Key, params: PyTree, state: CaredKeys, batch: Batch) -> tuple[PyTree, Metrics]:
         if temperature:
@@ -182,12 +195,21 @@ def cared_key_value_bottleneck(
         return updates, state._replace(keys=bottleneck.count_usage(state.keys, real))
 
     def refresh(key: Key, params: PyTree, state: CaredKeys, batch: Batch) -> tuple[PyTree, CaredKeys]:
-        params, cared, care = care_for_keys(
-            key, bottleneck, params, state.keys, state.reference, batch.inputs, policy=policy
-        )
-        return params, state._replace(keys=cared, shift=care.health.shift, placed=state.placed + care.placed)
+        params, cared, done = care(key, params, state.keys, state.reference, batch.inputs)
+        log = jax.tree.map(lambda log, entry: log.at[state.checks % _LOGGED].set(entry), state.log, done)
+        return params, state._replace(keys=cared, checks=state.checks + 1, log=log, placed=state.placed + done.placed)
 
     def predict(params: PyTree, state: CaredKeys, inputs: Array, task: Array | None) -> Array:
         return inner.predict(params, state.values, bottleneck.lookup(params, state.keys, inputs), task)
 
     return Strategy(gradients, predict, init, after_update=after_update, refresh=refresh, refresh_every=refresh_every)
+
+
+def key_decisions(state: CaredKeys) -> list[tuple[int, KeyCare]]:
+    """What the newest 256 checks of the keys found and did, the oldest first, each with its number, counted from 0.
+
+    `bottleneck.describe_care` says it in words.
+    """
+    log = jax.tree.map(np.asarray, state.log)
+    numbers = range(max(0, int(state.checks) - _LOGGED), int(state.checks))
+    return [(number, jax.tree.map(lambda leaf: leaf[number % _LOGGED], log)) for number in numbers]  # noqa: B023
