@@ -72,7 +72,7 @@ class Config(RunConfig):
     """Passes over the first task's features that fit the keys."""
     refresh_every: int = 20
     """Steps from one check of the keys to the next."""
-    shift: float = 0.05
+    shift: float = 0.15
     """A codebook is cared for if its shift is above this: see bottleneck.KeyPolicy."""
     far: float = 0.9
     """Heads that lie farther out than this share of the first task's may become keys."""
