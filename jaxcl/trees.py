@@ -1,6 +1,6 @@
 """Pytree helpers: a key a leaf, path predicates, task banks, and updates that touch only some rows of a table."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import jax
@@ -33,6 +33,24 @@ def select_paths(tree: PyTree, predicate: Callable[[str], bool]) -> PyTree:
         ]
         raise bad_argument("predicate", f"no match among {paths}", "write one that holds for at least one path")
     return selected
+
+
+def leaves_by_path(tree: PyTree) -> dict[str, Array]:
+    """The leaves of `tree`, of any shape, by path, as in `select_paths`; in the order of the tree."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+
+
+def replace_leaves(tree: PyTree, leaves: Mapping[str, Array]) -> PyTree:
+    """`tree` with other leaves, of any shape, at some paths.
+
+    Raises:
+        ValueError: a path that the tree has not.
+    """
+    now = leaves_by_path(tree)
+    if unknown := leaves.keys() - now.keys():
+        raise bad_argument("leaves", f"paths {sorted(unknown)}", f"choose from {sorted(now)}")
+    return jax.tree.unflatten(jax.tree.structure(tree), list((now | dict(leaves)).values()))
 
 
 def bank(tree: PyTree, tasks: int) -> PyTree:

@@ -9,7 +9,7 @@ from pathlib import Path
 import optax
 import pytest
 
-from jaxcl import bottleneck, masked_prior, quantize, tokenizer
+from jaxcl import bottleneck, masked_prior, masks, quantize, tokenizer
 from jaxcl.continual import (
     a_gem,
     der_plus_plus,
@@ -18,6 +18,7 @@ from jaxcl.continual import (
     key_value_bottleneck,
     linear_probe,
     lwf,
+    masked_network,
     naive,
     nearest_class_mean,
     online_ewc,
@@ -457,6 +458,15 @@ BOTTLENECK = {
     "read": "params, indices",
     "count_usage": "state, indices",
 }
+MASK_METHOD = {
+    "init": "key, params",
+    "sample": "key, masked, state",
+    "protect": "masked, updates, state",
+    "commit": "key, masked, state, task",
+    "select": "masked, state, task",
+    "current": "masked, state",
+    "bank": "state",
+}
 STRATEGY = {
     "init": "key, params, batch",
     "begin_task": "key, params, state, task",
@@ -509,6 +519,10 @@ FACTORIES = {
     "masked_prior": (lambda: masked_prior.masked_prior(network, 5, 9), MASKED_PRIOR),
     "bottleneck, random projection": (small_bottleneck, BOTTLENECK),
     "bottleneck, chunks": (lambda: small_bottleneck(projection="chunk", top_k=2), BOTTLENECK),
+    "ib_masks": (lambda: masks.ib_masks(bool, 2), MASK_METHOD),
+    "ib_masks, as the authors": (lambda: masks.ib_masks(bool, 2, scale_rule="authors"), MASK_METHOD),
+    "winning_subnetwork": (lambda: masks.winning_subnetwork(bool, 2, sparsity=0.5), MASK_METHOD),
+    "packnet": (lambda: masks.packnet(bool, 2, share=0.5, prune_after=3), MASK_METHOD),
     "naive": (lambda: naive(network), STRATEGY),
     "ewc": (lambda: ewc(network, strength=1.0), STRATEGY),
     "online_ewc": (lambda: online_ewc(network, strength=1.0), STRATEGY),
@@ -519,6 +533,7 @@ FACTORIES = {
     "a_gem": (lambda: a_gem(network, **MEMORY), STRATEGY),
     "linear_probe": (linear_probe, STRATEGY),
     "key_value_bottleneck": (lambda: key_value_bottleneck(small_bottleneck()), STRATEGY),
+    "masked_network": (lambda: masked_network(masks.packnet(bool, 2, share=0.5, prune_after=3), network), STRATEGY),
     "nearest_class_mean": (nearest_class_mean, STRATEGY),
     "streaming_lda": (streaming_lda, STRATEGY),
     "ridge_classifier": (ridge_classifier, STRATEGY),

@@ -18,6 +18,7 @@ from jaxcl.continual.strategies.key_value import (
     key_decisions,
     key_value_bottleneck,
 )
+from jaxcl.continual.strategies.masked import MaskedTasks, masked_network
 from jaxcl.continual.strategies.regularisation import ewc, lwf, online_ewc, si, squared_gradients
 from jaxcl.continual.strategies.replay import a_gem, der_plus_plus, er
 from jaxcl.continual.strategies.sequential import linear_probe, naive
@@ -26,6 +27,7 @@ __all__ = [
     "Apply",
     "Batch",
     "CaredKeys",
+    "MaskedTasks",
     "Metrics",
     "Momentum",
     "Strategy",
@@ -41,6 +43,7 @@ __all__ = [
     "key_value_bottleneck",
     "linear_probe",
     "lwf",
+    "masked_network",
     "naive",
     "nearest_class_mean",
     "online_ewc",
