@@ -45,7 +45,8 @@ class MaskMethod(NamedTuple):
     commit: Callable[[Key, Masked, PyTree, Array | int], tuple[Masked, PyTree]]
     # (key, masked, state, task) -> (masked, state), at a task's end
     select: Callable[[Masked, PyTree, Array | int], PyTree]  # (masked, state, task) -> params as the task has them
-    current: Callable[[Masked, PyTree], PyTree]  # (masked, state) -> params as training has them, without chance
+    current: Callable[[Masked, PyTree], PyTree]
+    # (masked, state) -> params as the task would keep them if it ended now, but for the rounding of scales
     bank: Callable[[PyTree], Bank]  # (state) -> what is kept
 
 

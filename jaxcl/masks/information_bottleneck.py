@@ -71,9 +71,6 @@ def ib_masks(
             for own_key, (path, owner) in zip(keys, bank.owner.items(), strict=True)
         }
 
-    def in_play(path: str, weight: Array, free: Named) -> Array:
-        return weight if reuse else jnp.where(free[path], weight, 0)
-
     def init(key: Key, params: PyTree) -> tuple[Masked, InformationBottleneckState]:
         bank = begin_bank(params, covers, tasks)
         scales = {path: trees.bank(rule.begin(owner.shape), tasks) for path, owner in bank.owner.items()}
@@ -87,9 +84,11 @@ def ib_masks(
             jax.random.split(key, len(masked.scores)),
         )
         found = {
-            path: in_play(path, noisy(own_key, weights[path], noise), free)
+            path: noisy(own_key, weights[path], noise)
             for own_key, (path, noise) in zip(keys, masked.scores.items(), strict=True)
         }
+        if not reuse:
+            found = {path: jnp.where(free[path], weight, 0) for path, weight in found.items()}
         penalty = sum(state.ratios[path] * information(noise) for path, noise in masked.scores.items())
         return replace_leaves(masked.weights, found), jnp.asarray(penalty)
 
@@ -99,10 +98,7 @@ def ib_masks(
     def commit(
         key: Key, masked: Masked, state: InformationBottleneckState, task: Array | int
     ) -> tuple[Masked, InformationBottleneckState]:
-        weights, free = leaves_by_path(masked.weights), is_free(state.bank)
-        kept = {path: log_alpha(noise) < threshold for path, noise in masked.scores.items()}
-        if not reuse:
-            kept = {path: mask & free[path] for path, mask in kept.items()}
+        weights, free, kept = leaves_by_path(masked.weights), is_free(state.bank), keeps(masked, state)
         scores, scales = {}, {}
         for path, noise in masked.scores.items():
             weights[path], scores[path], entry = rule.settle(
@@ -126,10 +122,16 @@ def ib_masks(
             found[path] = jnp.where(mask, weights[path] * scale, 0).astype(weights[path].dtype)
         return replace_leaves(masked.weights, found)
 
+    def keeps(masked: Masked, state: InformationBottleneckState) -> Named:
+        kept = {path: log_alpha(noise) < threshold for path, noise in masked.scores.items()}
+        free = is_free(state.bank)
+        return kept if reuse else {path: mask & free[path] for path, mask in kept.items()}
+
     def current(masked: Masked, state: InformationBottleneckState) -> PyTree:
-        weights, free = leaves_by_path(masked.weights), is_free(state.bank)
-        found = {path: in_play(path, weights[path] * noise.mean, free) for path, noise in masked.scores.items()}
-        return replace_leaves(masked.weights, found)
+        weights, kept = leaves_by_path(masked.weights), keeps(masked, state)
+        return replace_leaves(masked.weights, {
+            path: jnp.where(kept[path], weights[path] * noise.mean, 0) for path, noise in masked.scores.items()
+        })  # fmt: skip
 
     return MaskMethod(init, sample, protect, commit, select, current, lambda state: state.bank)
 

@@ -1,11 +1,14 @@
 """Flax Linen networks."""
 
+from jaxcl.nets.alexnet import AlexNet
+from jaxcl.nets.batch_norm import BatchNorm, batch_statistics, layer_outputs
 from jaxcl.nets.bert import BERT, load_bert, mean_over_tokens, minilm_folder
 from jaxcl.nets.convmixer import ConvMixer, load_convmixer
 from jaxcl.nets.discriminators import PatchDiscriminator
 from jaxcl.nets.efficientnet import EfficientNetLite0, efficientnet_lite0_preprocess, load_efficientnet_lite0
 from jaxcl.nets.encoders import FrozenEncoder, efficientnet_lite0_encoder, minilm_encoder, pretrained_encoder
 from jaxcl.nets.image_tokenizer import ConvDecoder, ConvEncoder, PatchDecoder, PatchEncoder
+from jaxcl.nets.lenet import LeNet5
 from jaxcl.nets.mlp import MLP
 from jaxcl.nets.resnet import ResNet18
 from jaxcl.nets.resnet50 import ResNet50, load_resnet50
@@ -16,11 +19,14 @@ from jaxcl.nets.vit import ViT, load_vit
 __all__ = [
     "BERT",
     "MLP",
+    "AlexNet",
+    "BatchNorm",
     "ConvDecoder",
     "ConvEncoder",
     "ConvMixer",
     "EfficientNetLite0",
     "FrozenEncoder",
+    "LeNet5",
     "PatchDecoder",
     "PatchDiscriminator",
     "PatchEncoder",
@@ -30,8 +36,10 @@ __all__ = [
     "SEANetEncoder",
     "TokenTransformer",
     "ViT",
+    "batch_statistics",
     "efficientnet_lite0_encoder",
     "efficientnet_lite0_preprocess",
+    "layer_outputs",
     "load_bert",
     "load_convmixer",
     "load_efficientnet_lite0",

@@ -3,30 +3,35 @@
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
 from jaxcl.continual.strategies.contract import Apply, Batch, Metrics, Strategy, cross_entropy, gradients_of
 from jaxcl.masks import Masked, MaskMethod, refresh_ratios
+from jaxcl.trees import replace_leaves
 from jaxcl.typing import Array, Key, PyTree, bad_argument, check_at_least, check_between
 
-Features = Callable[[PyTree, Array], Mapping[str, Array]]
-# (params, inputs [B, ...]) -> by path of a masked leaf, what its layer makes of them, [B, ..., channels]
+Measure = Callable[[PyTree, Array], Mapping[str, Array]]  # (params, inputs [B, ...]) -> by path, what is there
 
 
 class MaskedTasks(NamedTuple):
-    """What the mask method knows, and how many tasks it has committed."""
+    """What the mask method knows, how many tasks it has committed, and what is measured for normalisation."""
 
     of_method: PyTree
     committed: Array  # [] int32
+    statistics: dict[str, Array]  # by path, sums over the examples observed, [channels] each
+    examples: Array  # [] float32, how many those are
 
 
 def masked_network(
     method: MaskMethod,
     apply: Apply,
     *,
+    training_apply: Apply | None = None,
+    statistics: Measure | None = None,
     penalty_weight: float = 0.0,
-    features: Features | None = None,
+    features: Measure | None = None,
     refresh_every: int = 0,
     label_smoothing: float = 0.0,
 ) -> Strategy:
@@ -34,14 +39,19 @@ def masked_network(
 
     They begin as ``method.init(key, network's parameters)[0]``; the optimizer is best `masks.separate_rates`. The task
     must be told at test time: a stream by domain takes ``stream._replace(task_known=True)``. Tasks that are not yet
-    committed are answered by the network as training has it.
+    committed are answered by the network as it would be kept if its task ended now.
 
     Args:
         method: `masks.ib_masks`, `masks.winning_subnetwork` or `masks.packnet`, for as many tasks as the stream has.
         apply: (params, inputs [B, ...]) -> logits [B, K] of the network.
+        training_apply: the same in a training step, where batch normalisation takes its statistics from the batch; None
+            takes `apply`.
+        statistics: by path of a parameter, what a batch has for it, as `nets.batch_statistics` measures it: its mean
+            over one more pass becomes that parameter at a task's end.
         penalty_weight: what the method's penalty in nats, over the batch's examples, counts in the loss; IBM's authors
             have 1e-3.
-        features: for `masks.ib_masks`, what each masked layer makes of a batch: see `masks.refresh_ratios`.
+        features: for `masks.ib_masks`, by path what layers make of a batch, as `nets.layer_outputs` tells; those of
+            leaves without a mask do not count.
         refresh_every: steps of a task from one measurement of the ratios to the next; 0 never measures.
         label_smoothing: see `cross_entropy`.
 
@@ -56,11 +66,14 @@ def masked_network(
 
     def init(key: Key, params: Masked, batch: Batch) -> MaskedTasks:
         _, state = method.init(key, params.weights)
-        return MaskedTasks(state, jnp.int32(0))
+        measured = jax.eval_shape(statistics, params.weights, batch.inputs) if statistics else {}
+        sums = {path: jnp.zeros(leaf.shape, leaf.dtype) for path, leaf in measured.items()}
+        return MaskedTasks(state, jnp.int32(0), sums, jnp.float32(0))
 
     def loss(key: Key, params: Masked, state: MaskedTasks, batch: Batch) -> tuple[Array, Metrics]:
         sampled, nats = method.sample(key, params, state.of_method)
-        value, metrics = cross_entropy(apply(sampled, batch.inputs), batch, label_smoothing=label_smoothing)
+        logits = training_apply(sampled, _filled(batch)) if training_apply else apply(sampled, batch.inputs)
+        value, metrics = cross_entropy(logits, batch, label_smoothing=label_smoothing)
         penalty = penalty_weight * nats / jnp.maximum(batch.weights.sum(), 1)
         return value + penalty, metrics | {"penalty": penalty}
 
@@ -72,12 +85,23 @@ def masked_network(
 
     def refresh(key: Key, params: Masked, state: MaskedTasks, batch: Batch) -> tuple[Masked, MaskedTasks]:
         assert features is not None  # or it would not be called
-        hidden = features(method.current(params, state.of_method), batch.inputs)
-        return params, state._replace(of_method=refresh_ratios(state.of_method, hidden))
+        hidden = features(method.current(params, state.of_method), _filled(batch))
+        covered = {path: hidden[path] for path in method.bank(state.of_method).owner if path in hidden}
+        return params, state._replace(of_method=refresh_ratios(state.of_method, covered))
+
+    def observe(key: Key, params: Masked, state: MaskedTasks, batch: Batch) -> MaskedTasks:
+        assert statistics is not None  # or it would not be called
+        measured = statistics(method.current(params, state.of_method), _filled(batch))
+        weight = batch.weights.sum()
+        sums = {path: total + weight * measured[path] for path, total in state.statistics.items()}
+        return state._replace(statistics=sums, examples=state.examples + weight)
 
     def end_task(key: Key, params: Masked, state: MaskedTasks) -> tuple[Masked, MaskedTasks]:
+        means = {path: total / jnp.maximum(state.examples, 1) for path, total in state.statistics.items()}
+        params = params._replace(weights=replace_leaves(params.weights, means))
         params, of_method = method.commit(key, params, state.of_method, state.committed)
-        return params, MaskedTasks(of_method, state.committed + 1)
+        none = jax.tree.map(jnp.zeros_like, state.statistics)
+        return params, MaskedTasks(of_method, state.committed + 1, none, jnp.zeros_like(state.examples))
 
     def predict(params: Masked, state: MaskedTasks, inputs: Array, task: Array | None) -> Array:
         if task is None:
@@ -91,7 +115,15 @@ def masked_network(
             inputs,
         )
 
-    return Strategy(
+    strategy = Strategy(
         gradients_of(loss), predict, init, after_update=after_update, refresh=refresh, end_task=end_task,
         refresh_every=refresh_every,
     )  # fmt: skip
+    return strategy._replace(observe=observe) if statistics else strategy  # without it a pass would be for nothing
+
+
+def _filled(batch: Batch) -> Array:
+    """The inputs [B, ...] with real examples again where others only fill up, since statistics are of all."""
+    count = jnp.maximum(batch.weights.sum().astype(jnp.int32), 1)
+    order = jnp.argsort(batch.weights <= 0, stable=True)  # real ones first
+    return batch.inputs[order[jnp.arange(len(order)) % count]]
