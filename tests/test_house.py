@@ -15,6 +15,7 @@ from jaxcl.continual import (
     der_plus_plus,
     er,
     ewc,
+    independent,
     key_value_bottleneck,
     linear_probe,
     lwf,
@@ -524,6 +525,7 @@ FACTORIES = {
     "winning_subnetwork": (lambda: masks.winning_subnetwork(bool, 2, sparsity=0.5), MASK_METHOD),
     "packnet": (lambda: masks.packnet(bool, 2, share=0.5, prune_after=3), MASK_METHOD),
     "naive": (lambda: naive(network), STRATEGY),
+    "independent": (lambda: independent(network, 2), STRATEGY),
     "ewc": (lambda: ewc(network, strength=1.0), STRATEGY),
     "online_ewc": (lambda: online_ewc(network, strength=1.0), STRATEGY),
     "si": (lambda: si(network, strength=1.0), STRATEGY),
@@ -547,8 +549,8 @@ def test_a_factory_keeps_its_contract(name):
     assert signatures(factory()) == contract
 
 
-def test_a_strategy_has_one_member_that_is_no_function():
-    assert set(naive(network)._fields) - set(STRATEGY) == {"refresh_every"}
+def test_a_strategy_has_two_members_that_are_no_functions():
+    assert set(naive(network)._fields) - set(STRATEGY) == {"refresh_every", "fresh_optimizer"}
 
 
 @pytest.mark.parametrize(

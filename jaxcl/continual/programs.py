@@ -111,9 +111,7 @@ def compile_programs(
         strategy_state = strategy.init(_derive(key, 0), params, batch)
         _, metrics = jax.eval_shape(strategy.gradients, key, params, strategy_state, batch)
         totals = {name: jnp.float32(0) for name in metrics}
-        state = LoopState(params, tx.init(params), strategy_state, jnp.int32(0), totals)
-        # A Python scalar among the leaves has a weak type, which the first step would firm up: a second compilation.
-        return jax.tree.map(lambda leaf: lax.convert_element_type(leaf, jnp.asarray(leaf).dtype), state)
+        return _firm(LoopState(params, tx.init(params), strategy_state, jnp.int32(0), totals))
 
     step = _training_step(strategy, tx, pipeline.augment)
 
@@ -185,7 +183,8 @@ def compile_programs(
 
     def begin_task(key: Key, state: LoopState, stage: Array) -> LoopState:
         params, strategy_state = strategy.begin_task(_derive(key, 2, stage), state.params, state.strategy_state, stage)
-        return state._replace(params=params, strategy_state=strategy_state)
+        opt_state = tx.init(params) if strategy.fresh_optimizer else state.opt_state
+        return _firm(state._replace(params=params, opt_state=opt_state, strategy_state=strategy_state))
 
     def end_task(key: Key, state: LoopState, stage: Array) -> LoopState:
         params, strategy_state = strategy.end_task(_derive(key, 5, stage), state.params, state.strategy_state)
@@ -211,7 +210,8 @@ def compile_programs(
         return jax.jit(laid_out, donate_argnums=consumes)
 
     def compiled_if(member: str, program: Callable[..., Any], *axes: PyTree) -> Any:
-        return None if does_nothing(strategy, member) else compiled(for_each_seed(program, *axes), member)
+        idle = does_nothing(strategy, member) and not (member == "begin_task" and strategy.fresh_optimizer)
+        return None if idle else compiled(for_each_seed(program, *axes), member)
 
     return Programs(
         start=compiled(for_each_seed(start, 0, 0, 0, axes), "start", consumes=()),
@@ -256,6 +256,11 @@ def _training_step(
         return LoopState(params, opt_state, strategy_state, state.step + 1, totals)
 
     return step
+
+
+def _firm(state: LoopState) -> LoopState:
+    """The state without weak types, as Python scalars have: the first step would firm them up, and compile again."""
+    return jax.tree.map(lambda leaf: lax.convert_element_type(leaf, jnp.asarray(leaf).dtype), state)
 
 
 def _where(condition: Array, new: PyTree, old: PyTree) -> PyTree:

@@ -21,7 +21,7 @@ from jaxcl.continual.strategies.key_value import (
 from jaxcl.continual.strategies.masked import MaskedTasks, masked_network
 from jaxcl.continual.strategies.regularisation import ewc, lwf, online_ewc, si, squared_gradients
 from jaxcl.continual.strategies.replay import a_gem, der_plus_plus, er
-from jaxcl.continual.strategies.sequential import linear_probe, naive
+from jaxcl.continual.strategies.sequential import Networks, independent, linear_probe, naive
 
 __all__ = [
     "Apply",
@@ -30,6 +30,7 @@ __all__ = [
     "MaskedTasks",
     "Metrics",
     "Momentum",
+    "Networks",
     "Strategy",
     "a_gem",
     "cared_key_value_bottleneck",
@@ -39,6 +40,7 @@ __all__ = [
     "er",
     "ewc",
     "gradients_of",
+    "independent",
     "key_decisions",
     "key_value_bottleneck",
     "linear_probe",

@@ -75,6 +75,7 @@ class Strategy(NamedTuple):
     end_task: Callable[[Key, PyTree, PyTree], tuple[PyTree, PyTree]] = _same_at_end
     # (key, params, state) -> (params, state), after that pass
     refresh_every: int = 0  # steps; 0 is never
+    fresh_optimizer: bool = False  # whether the optimizer's state begins anew with each task
 
 
 def does_nothing(strategy: Strategy, member: str) -> bool:

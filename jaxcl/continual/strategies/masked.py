@@ -37,7 +37,8 @@ def masked_network(
 ) -> Strategy:
     """Each task trains and keeps a sub-network of its own, by a method of `masks`; params are `masks.Masked`.
 
-    They begin as ``method.init(key, network's parameters)[0]``; the optimizer is best `masks.separate_rates`. The task
+    They begin as ``method.init(key, network's parameters)[0]``; the optimizer, best `masks.separate_rates`, begins anew
+    with each task. The task
     must be told at test time: a stream by domain takes ``stream._replace(task_known=True)``. Tasks that are not yet
     committed are answered by the network as it would be kept if its task ended now.
 
@@ -117,7 +118,7 @@ def masked_network(
 
     strategy = Strategy(
         gradients_of(loss), predict, init, after_update=after_update, refresh=refresh, end_task=end_task,
-        refresh_every=refresh_every,
+        refresh_every=refresh_every, fresh_optimizer=True,
     )  # fmt: skip
     return strategy._replace(observe=observe) if statistics else strategy  # without it a pass would be for nothing
 

@@ -1,5 +1,10 @@
 """Strategies that keep nothing of the past: what the others are compared with."""
 
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
 from jaxcl.continual.strategies.contract import (
     Apply,
     Batch,
@@ -9,7 +14,8 @@ from jaxcl.continual.strategies.contract import (
     gradients_of,
     predict_by,
 )
-from jaxcl.typing import Array, Key, PyTree, check_between
+from jaxcl.trees import bank, commit, pick
+from jaxcl.typing import Array, Key, PyTree, bad_argument, check_at_least, check_between
 
 
 def naive(apply: Apply, *, label_smoothing: float = 0.0) -> Strategy:
@@ -27,6 +33,53 @@ def naive(apply: Apply, *, label_smoothing: float = 0.0) -> Strategy:
         return cross_entropy(apply(params, batch.inputs), batch, label_smoothing=label_smoothing)
 
     return Strategy(gradients_of(loss), predict_by(apply))
+
+
+class Networks(NamedTuple):
+    """The networks of the tasks that are done, and what each begins as."""
+
+    first: PyTree  # parameters
+    kept: PyTree  # parameters, each leaf [T, ...]
+    committed: Array  # [] int32
+
+
+def independent(apply: Apply, tasks: int, *, label_smoothing: float = 0.0) -> Strategy:
+    """One network a task, each from the same start: nothing is forgotten and nothing passed on, at T times the cost.
+
+    The task must be told at test time. Tasks that are not done yet are answered by the network in training.
+
+    Args:
+        apply: (params, inputs [B, ...]) -> logits [B, K].
+        tasks: T.
+        label_smoothing: see `cross_entropy`.
+
+    Raises:
+        ValueError: an option out of range; in use, a task that is not told.
+    """
+    check_at_least("tasks", tasks, 1)
+
+    def init(key: Key, params: PyTree, batch: Batch) -> Networks:
+        return Networks(jax.tree.map(jnp.copy, params), bank(params, tasks), jnp.int32(0))
+
+    def begin_task(key: Key, params: PyTree, state: Networks, task: Array) -> tuple[PyTree, Networks]:
+        return state.first, state
+
+    def end_task(key: Key, params: PyTree, state: Networks) -> tuple[PyTree, Networks]:
+        kept = commit(state.kept, state.committed, params)
+        return params, state._replace(kept=kept, committed=state.committed + 1)
+
+    def predict(params: PyTree, state: Networks, inputs: Array, task: Array | None) -> Array:
+        if task is None:
+            raise bad_argument("task", task, "networks go by task: pass a stream that tells it, task_known=True")
+        done = task < state.committed
+        own: Array = apply(
+            jax.tree.map(lambda old, now: jnp.where(done, old, now), pick(state.kept, task), params), inputs
+        )
+        return own
+
+    return naive(apply, label_smoothing=label_smoothing)._replace(
+        predict=predict, init=init, begin_task=begin_task, end_task=end_task, fresh_optimizer=True
+    )
 
 
 def linear_probe(*, label_smoothing: float = 0.0) -> Strategy:
