@@ -49,8 +49,15 @@ def test_in_training_statistics_are_the_batchs_and_else_they_are_parameters():
                 "head/kernel": (7, 10), "head/bias": (10,),
             },
         ),
+        (
+            nets.Mixer(10, width=6, layers=1, patch_hidden=5, channel_hidden=7),
+            {
+                "Dense_0/kernel": (48, 6), "Dense_1/kernel": (64, 5), "Dense_2/kernel": (5, 64),
+                "Dense_3/kernel": (6, 7), "Dense_4/kernel": (7, 6), "head/kernel": (6, 10), "head/bias": (10,),
+            },
+        ),
     ],
-    ids=["AlexNet", "LeNet5"],
+    ids=["AlexNet", "LeNet5", "Mixer"],
 )  # fmt: skip
 def test_networks_for_small_images(net, shapes):
     params = net.init(jax.random.key(0), IMAGES)
@@ -59,10 +66,15 @@ def test_networks_for_small_images(net, shapes):
     assert net.apply(params, IMAGES).shape == (12, 10)
     outputs = nets.layer_outputs(net)(params, IMAGES)
     assert set(outputs) == {f"params/{name}" for name in shapes if name.endswith("kernel")}
-    first = jax.lax.conv_general_dilated(
-        IMAGES, params["params"]["Conv_0"]["kernel"], (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
-    )
-    assert_close(outputs["params/Conv_0/kernel"], first + params["params"]["Conv_0"].get("bias", 0))
+    if "Conv_0" in params["params"]:
+        own = params["params"]["Conv_0"]
+        first = jax.lax.conv_general_dilated(
+            IMAGES, own["kernel"], (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+        assert_close(outputs["params/Conv_0/kernel"], first + own.get("bias", 0))
+    else:
+        patch = IMAGES[3, 8:12, 20:24].reshape(-1) @ params["params"]["Dense_0"]["kernel"]  # in the third row the sixth
+        assert_close(outputs["params/Dense_0/kernel"][3, 2 * 8 + 5], patch)
     with pytest.raises(ValueError, match="inputs: got shape"):
         net.apply(params, IMAGES[0])
 

@@ -1,12 +1,14 @@
 """One training step of the key-value bottleneck at the published size, beside the dense rule in PyTorch.
 
 256 codebooks of 4,096 pairs, key width 14, 10 classes, batches of 256. Ours trains with sparse updates, on cached
-indices or, where it says so, on heads that it looks up in the step; the dense rule computes all distances, fetches, and
-forms, clips and applies a gradient of the whole table.
+indices or, where it says so, on heads that it looks up in the step; or in the dual (bottleneck.train_votes), on cached
+indices of a task of 10,000 examples, a step a call. The dense rule computes all distances, fetches, and forms, clips
+and applies a gradient of the whole table.
 Its distances come in two forms: the authors', and the fastest we know, one matrix product with argmax.
 Both give the same values (a test shows it). ``python -m experiments.benchmarks.dkvb_step``
 """
 
+from collections.abc import Callable
 from functools import partial
 
 import numpy as np
@@ -22,6 +24,7 @@ CARDS = {
     )
 }
 CODEBOOKS, PAIRS, KEY_WIDTH, CLASSES, BATCH, EXAMPLES = 256, 4096, 14, 10, 256, 2048
+TASK_EXAMPLES = 10_000  # in the dual
 
 
 def _inputs() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -70,6 +73,30 @@ def _ours(value_width: int, *, cached: bool) -> Step:
     return step
 
 
+def _dual() -> Step:
+    import jax
+    import jax.numpy as jnp
+
+    from jaxcl import bottleneck
+
+    rng = np.random.default_rng(0)
+    indices = rng.integers(0, PAIRS, (TASK_EXAMPLES, CODEBOOKS, 1)).astype(np.uint16)
+    labels = rng.integers(0, CLASSES, TASK_EXAMPLES).astype(np.int32)
+    params = {"values": jnp.zeros((CODEBOOKS, PAIRS, CLASSES))}
+    votes = bottleneck.begin_votes(params, indices, labels, classes=CLASSES)
+    orders = jax.random.permutation(jax.random.key(1), TASK_EXAMPLES)[: TASK_EXAMPLES // BATCH * BATCH]
+    batches = orders.reshape(-1, 1, BATCH).astype(jnp.int32)
+    count = 0
+
+    def step() -> None:
+        nonlocal votes, count
+        votes, loss = bottleneck.train_votes(votes, batches[count % len(batches)], learning_rate=0.3)
+        jax.block_until_ready(loss)
+        count += 1
+
+    return step
+
+
 def dense_rule(distances: str) -> Step:
     """A step in PyTorch; distances are "full", the authors', or "matmul", the fastest form we know."""
     import torch
@@ -105,14 +132,15 @@ def dense_rule(distances: str) -> Step:
     return step
 
 
+_OURS: dict[str, tuple[Callable[[], Step], int]] = {
+    "values of 10 floats": (partial(_ours, 10, cached=True), 30),
+    "values of 16 floats": (partial(_ours, 16, cached=True), 30),
+    "in the dual": (_dual, 30),
+    "values of 16 floats, no cache": (partial(_ours, 16, cached=False), 3),
+}
 CASES = {
-    f"values of {width} floats{'' if cached else ', no cache'}; torch, {form}": Case(
-        partial(_ours, width, cached=cached),
-        partial(dense_rule, distances),
-        repeats=7,
-        ours_per_round=30 if cached else 3,
-    )
-    for width, cached in ((10, True), (16, True), (16, False))
+    f"{name}; torch, {form}": Case(ours, partial(dense_rule, distances), repeats=7, ours_per_round=each)
+    for name, (ours, each) in _OURS.items()
     for form, distances in (("authors' distances", "full"), ("one matmul", "matmul"))
 }
 

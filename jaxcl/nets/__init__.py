@@ -9,6 +9,7 @@ from jaxcl.nets.efficientnet import EfficientNetLite0, efficientnet_lite0_prepro
 from jaxcl.nets.encoders import FrozenEncoder, efficientnet_lite0_encoder, minilm_encoder, pretrained_encoder
 from jaxcl.nets.image_tokenizer import ConvDecoder, ConvEncoder, PatchDecoder, PatchEncoder
 from jaxcl.nets.lenet import LeNet5
+from jaxcl.nets.mixer import Mixer
 from jaxcl.nets.mlp import MLP
 from jaxcl.nets.resnet import ResNet18
 from jaxcl.nets.resnet50 import ResNet50, load_resnet50
@@ -27,6 +28,7 @@ __all__ = [
     "EfficientNetLite0",
     "FrozenEncoder",
     "LeNet5",
+    "Mixer",
     "PatchDecoder",
     "PatchDiscriminator",
     "PatchEncoder",
