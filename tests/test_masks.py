@@ -123,6 +123,23 @@ def test_owners_are_the_first_tasks_that_kept_a_weight(name):
         assert 0.05 < kept[0].mean() < 0.95 and kept.any(axis=0).mean() > kept[0].mean()
 
 
+@pytest.mark.parametrize("name", ["ib_masks", "packnet"])
+def test_usage_and_overlap_are_counted(name):
+    bank, of_tasks = masks_of(name)
+    usage = masks.weight_usage(bank, TASKS)
+    for path, kept in of_tasks.items():
+        for task in range(TASKS):
+            before = kept[:task].any(axis=0)
+            shares = (kept[task] & ~before).mean(), (kept[task] & before).mean(), (~(before | kept[task])).mean()
+            np.testing.assert_allclose(usage[path][task], shares)
+    flat = np.concatenate([kept.reshape(TASKS, -1) for kept in of_tasks.values()], axis=1)
+    overlap = masks.mask_overlap(bank, TASKS)
+    for one in range(TASKS):
+        for two in range(TASKS):
+            assert overlap[one, two] == pytest.approx((flat[one] & flat[two]).sum() / (flat[one] | flat[two]).sum())
+    assert masks.mask_overlap(begin()[1].bank, 2).tolist() == [[1, 1], [1, 1]]
+
+
 def test_without_re_use_masks_are_disjoint():
     _, of_tasks = masks_of("ib_masks, no re-use")
     assert all((kept.sum(axis=0) <= 1).all() for kept in of_tasks.values())

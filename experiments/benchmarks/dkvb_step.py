@@ -19,8 +19,8 @@ from jaxcl.typing import PyTree
 
 CARDS = {
     "": Card(
-        "3 min",
-        "with values of 16 floats, 1,243 times as fast as the authors' rule in PyTorch, 247 times as its fastest form",
+        "4 min",
+        "beside the authors' rule in PyTorch: in the dual 1,187 times as fast, sparse 785, sparse without a cache 18",
     )
 }
 CODEBOOKS, PAIRS, KEY_WIDTH, CLASSES, BATCH, EXAMPLES = 256, 4096, 14, 10, 256, 2048

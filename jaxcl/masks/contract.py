@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from typing import NamedTuple, Protocol
 
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from jaxcl.trees import leaves_by_path, pick, replace_leaves, select_paths
@@ -102,6 +103,14 @@ def task_mask(bank: Bank, path: str, task: Array | int) -> Array:
     """The mask of a task, bool of the leaf's shape [...]."""
     owner = bank.owner[path]
     return jnp.unpackbits(pick(bank.masks[path], task), count=owner.size).reshape(owner.shape).astype(bool)
+
+
+def unpacked_masks(bank: Bank, tasks: int) -> dict[str, np.ndarray]:
+    """The masks of the first tasks on the host: by path, bool [T, n]."""
+    return {
+        path: np.unpackbits(np.asarray(masks[:tasks]), axis=1, count=bank.owner[path].size).astype(bool)
+        for path, masks in bank.masks.items()
+    }
 
 
 def task_own(bank: Bank, task: Array | int) -> Named:

@@ -41,4 +41,5 @@ class Mixer(nn.Module):
         return nn.Dense(self.classes, name="head")(BatchNorm(self.training)(x).mean(axis=1))
 
     def _mlp(self, x: Array, hidden: int) -> Array:
-        return nn.Dense(x.shape[-1], use_bias=False)(nn.gelu(nn.Dense(hidden, use_bias=False)(x)))
+        inner = nn.gelu(nn.Dense(hidden, use_bias=False)(x))
+        return nn.Dense(x.shape[-1], use_bias=False)(inner)

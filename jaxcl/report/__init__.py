@@ -5,6 +5,7 @@ matplotlib and tensorboardX (``pip install "jaxcl[experiments]"``) are needed fo
 
 from jaxcl.report.files import read_accuracy_csv, read_json, write_accuracy_csv, write_json
 from jaxcl.report.keys import distance_histograms, key_utilisation, keys_among_heads, keys_by_class
+from jaxcl.report.masks import mask_overlap_map, weight_usage_bars
 from jaxcl.report.page import (
     figures_section,
     flat_settings,
@@ -46,6 +47,7 @@ __all__ = [
     "keys_among_heads",
     "keys_by_class",
     "legend",
+    "mask_overlap_map",
     "read_accuracy_csv",
     "read_json",
     "results_rows",
@@ -53,6 +55,7 @@ __all__ = [
     "results_table",
     "text_table",
     "to_svg",
+    "weight_usage_bars",
     "write_accuracy_csv",
     "write_json",
 ]

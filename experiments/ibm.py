@@ -1,0 +1,207 @@
+"""A sub-network a task: IBM beside WSN, PackNet, EWC, one network a task, naive and joint training.
+
+Streams are permuted (the pixels of each task in an order of its own), rotated, or split (each task has classes of its
+own); the task is told at test time, and each has an output layer of its own. Mask methods forget nothing to the last
+bit. They differ in how well they learn a task, and in how much of the network it takes: "weights a task" in the table.
+
+What decides the masks (IBM's means and log variances, WSN's scores) learns at a rate of --ibm-travel or --wsn-travel
+over the number of steps a task has, so that the same settings serve short and long runs. Presets: cpu takes minutes.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from experiments.card import Card
+from experiments.common import Run, RunConfig, over_seeds, parse_command
+from experiments.features import load_features
+from jaxcl import continual, masks, nets, report
+from jaxcl.continual import Examples, Strategy, Stream, streams
+from jaxcl.masks import Bank, MaskMethod
+from jaxcl.typing import Key, PyTree
+
+CARDS = {
+    "--preset smoke": Card("1 min", "that it runs"),
+    "--preset cpu": Card("not measured", "permuted digits"),
+    "--preset cpu --data mnist": Card("not measured", "20 permuted tasks"),
+    "--preset paper": Card("days, not measured", "Chen et al. 2023, table 1"),
+}
+Method = Literal["naive", "ewc", "packnet", "wsn", "ibm", "independent", "joint"]
+MASKED = ("packnet", "wsn", "ibm")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(RunConfig):
+    """Settings of the comparison of mask methods; the defaults shown are those of the preset."""
+
+    data: Literal["digits", "mnist"] = "digits"
+    """Images, as raw pixels; mnist lies in the folder that JAXCL_DATA names."""
+    stream: Literal["permuted", "rotated", "split"] = "permuted"
+    """What a task is."""
+    tasks: int = 10
+    """How many; split ones have 10 / tasks classes each."""
+    methods: tuple[Method, ...] = get_args(Method)
+    """Which methods to run."""
+    validation: bool = False
+    """Test on a fifth of the training set, held out, instead of the test set: for choosing settings."""
+    limit: int | None = None
+    """Use only the first so many training examples and a fifth as many test examples."""
+
+    hidden: tuple[int, ...] = (300, 100)
+    """Widths of the hidden layers of the MLP."""
+    learning_rate: float = 1e-3
+    """Of Adam, for weights."""
+    epochs: int = 10
+    """Passes over each task."""
+    batch_size: int = 256
+    """Examples in a step."""
+
+    ibm_travel: float = 10.0
+    """IBM: learning rate of means and log variances times the steps of a task."""
+    ibm_penalty: float = 3e-3
+    """IBM: what a nat over the batch size counts in the loss."""
+    ibm_log_variance: float = -9.0
+    """IBM: of new noise."""
+    ibm_redraw: Literal["free", "all", "none"] = "free"
+    """IBM: whose noise a new task draws anew."""
+    ibm_ratios: bool = True
+    """IBM: whether layers' penalties count by the ratios of feature decomposition."""
+    ibm_reuse: bool = True
+    """IBM: whether a task may use weights that others have claimed."""
+    ibm_scales: Literal["folded", "authors"] = "folded"
+    """IBM: few-bit scales for re-used weights only, or a float for each weight and task."""
+    ibm_scale_bits: int = 3
+    """IBM: of a re-used weight's scale."""
+    refresh_every: int = 50
+    """IBM: steps of a task from one measurement of the ratios to the next."""
+    wsn_sparsity: float = 0.8
+    """WSN: share of weights that a task does without."""
+    wsn_travel: float = 3.5
+    """WSN: learning rate of scores times the steps of a task."""
+    packnet_share: float = 0.2
+    """PackNet: share of the free weights that a task keeps."""
+    packnet_prune: float = 0.5
+    """PackNet: share of a task's steps after which it prunes."""
+    ewc_strength: float = 10.0
+    """EWC: lambda."""
+
+
+def preset(name: str, data: str) -> Config:
+    """The settings of preset `name` for a data set."""
+    shared: dict[str, Any] = {"preset": name, "data": data, "out": Path("runs/ibm"), "seeds": 3}
+    if name == "smoke":
+        return Config(
+            **shared | {"seeds": 2}, limit=400, tasks=3, hidden=(32,), epochs=2, batch_size=32, refresh_every=5
+        )
+    if data == "mnist":
+        return Config(**shared, tasks=20)
+    return Config(**shared, epochs=30, batch_size=32, hidden=(100, 50))
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """Runs the experiment; returns what is in metrics.json."""
+    config = parse_command(preset, data=("digits", "mnist"), argv=argv, description=__doc__ or "")
+    run = Run(config, "ibm")
+    if document := run.finished():
+        return document
+    keys = [jax.random.split(jax.random.key(seed), 4) for seed in range(config.seeds)]
+    tasks = [_stream(config, key[0]) for key in keys]
+    net = nets.MLP(config.hidden, classes=10)
+    params = [net.init(key[1], jnp.zeros((1, *tasks[0].train.inputs.shape[1:]))) for key in keys]
+    steps = config.epochs * -(-max(len(part.rows) for part in tasks[0].train_sets) // config.batch_size)
+    head = f"Dense_{len(config.hidden)}"
+    banks: dict[str, list[Bank]] = {}
+    for name in config.methods:
+        of_method = [streams.joint(stream) for stream in tasks] if name == "joint" else tasks
+        tx: optax.GradientTransformation = optax.adam(config.learning_rate)
+        start: list[PyTree] = params
+        if name in MASKED:
+            method, strategy, travel = _masked(config, name, net, head, steps)
+            start = [method.init(key[2], own)[0] for key, own in zip(keys, params, strict=True)]
+            tx = masks.separate_rates(tx, optax.adam(travel / steps))
+        else:
+            strategy = _plain(config, name, net)
+        run.train(
+            name, strategy, tx, start, of_method, jnp.stack([key[3] for key in keys]), epochs=config.epochs,
+            batch_size=config.batch_size, steps_per_call=16,
+        )  # fmt: skip
+        if name in MASKED:
+            banks[name] = [method.bank(result.strategy_state.of_method) for result in run.results[name]]
+            usage, overlap = (
+                masks.weight_usage(banks[name][0], config.tasks),
+                masks.mask_overlap(banks[name][0], config.tasks),
+            )
+            run.figures[f"What tasks keep of each layer, {name} (first seed)"] = report.weight_usage_bars(usage)
+            run.figures[f"How far masks of tasks overlap, {name} (first seed)"] = report.mask_overlap_map(overlap)
+    run.findings["masks"] = {name: _shares(of_seeds, config.tasks) for name, of_seeds in banks.items()}
+    rows = [["method", "weights a task %", "all tasks together %"]]
+    for name, shares in run.findings["masks"].items():
+        rows.append([name, *(f"{100 * shares[part]['mean']:.1f}" for part in ("kept_by_a_task", "kept_by_any"))])
+    if len(rows) > 1:
+        run.tell(report.text_table(rows))
+    return run.finish()
+
+
+def _stream(config: Config, key: Key) -> Stream:
+    split = load_features(config.data, validation=config.validation, limit=config.limit)
+    if config.stream == "permuted":
+        return streams.permuted(key, *split, tasks=config.tasks)._replace(task_known=True)
+    if config.stream == "split":
+        return streams.task_incremental(key, *split, classes_per_task=10 // config.tasks)
+    side = int(split.train.inputs.shape[1] ** 0.5)
+    images = (Examples(np.asarray(part.inputs).reshape(-1, side, side), part.labels) for part in split)
+    degrees = list(np.linspace(0, 180, config.tasks, endpoint=False))
+    return streams.rotated(*images, degrees=degrees)._replace(task_known=True)
+
+
+def _masked(config: Config, name: Method, net: nets.MLP, head: str, steps: int) -> tuple[MaskMethod, Strategy, float]:
+    """A mask method, its strategy, and how far its scores travel in a task."""
+
+    def covers(path: str) -> bool:
+        return path.endswith("kernel") and head not in path
+
+    if name == "packnet":
+        prune_after = max(1, round(config.packnet_prune * steps))
+        method = masks.packnet(covers, config.tasks, share=config.packnet_share, prune_after=prune_after)
+        return method, continual.masked_network(method, net.apply), 0.0
+    if name == "wsn":
+        method = masks.winning_subnetwork(covers, config.tasks, sparsity=config.wsn_sparsity)
+        return method, continual.masked_network(method, net.apply), config.wsn_travel
+    method = masks.ib_masks(
+        covers, config.tasks, scale_rule=config.ibm_scales, scale_bits=config.ibm_scale_bits,
+        redraw=config.ibm_redraw, reuse=config.ibm_reuse, log_variance=config.ibm_log_variance,
+    )  # fmt: skip
+    measured: dict[str, Any] = (
+        {"features": nets.layer_outputs(net), "refresh_every": config.refresh_every} if config.ibm_ratios else {}
+    )
+    strategy = continual.masked_network(method, net.apply, penalty_weight=config.ibm_penalty, **measured)
+    return method, strategy, config.ibm_travel
+
+
+def _plain(config: Config, name: Method, net: nets.MLP) -> Strategy:
+    if name == "ewc":
+        return continual.ewc(net.apply, strength=config.ewc_strength)
+    if name == "independent":
+        return continual.independent(net.apply, config.tasks)
+    return continual.naive(net.apply)
+
+
+def _shares(banks: Sequence[Bank], tasks: int) -> dict[str, Any]:
+    """Of all weights that have masks, what share a task keeps in the mean, and what share any task does."""
+    found = []
+    for bank in banks:
+        sizes = np.array([owner.size for owner in bank.owner.values()], float)
+        usage = np.stack(list(masks.weight_usage(bank, tasks).values()))  # [leaves, T, 3]
+        new, reused, free = np.tensordot(sizes / sizes.sum(), usage, 1).T
+        found.append(((new + reused).mean(), 1 - free[-1]))
+    return over_seeds(kept_by_a_task=[float(one) for one, _ in found], kept_by_any=[float(every) for _, every in found])
+
+
+if __name__ == "__main__":
+    main()

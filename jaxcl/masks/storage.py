@@ -1,0 +1,325 @@
+"""A bank of masks as a file: what each task keeps, entropy-coded, and what that costs to the byte.
+
+The file: a magic, the length of a header and the header as JSON (leaves, bits of scales, each task's lengths), then for
+each task its coded masks and scale codes, its levels and its own leaves, and at last a CRC of all before it. A mask is
+coded weight by weight, given how many earlier tasks kept the weight and how much of its row and column this task has
+kept so far; a scale code given those before it. Counts adapt as coding goes on, so nothing but the masks is told. What
+decides a probability is kept in integers, so that every machine decodes the same.
+"""
+
+import heapq
+import json
+import math
+import os
+import struct
+import zlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from jaxcl import files
+from jaxcl.masks.contract import FREE, Bank, unpacked_masks
+from jaxcl.masks.scales import FewScales
+from jaxcl.typing import bad_argument, check_between
+
+_MAGIC = b"JAXCLMK1"
+_UNIT = 1 << 16  # what a probability of 1 is in integers
+_SHRINK = 8  # so many expected weights a row or column weighs against what was seen of it
+_CONTEXTS = 4  # a weight that 0, 1, 2, or 3 or more earlier tasks kept
+_RUN = 32  # symbols between two changes of the counts
+_SURE = 1e-3  # no weight is held to be kept, or not, with a chance below it
+_WEIGHTS_A_BYTE = 6000  # at most so many: 8 / -log2(1 - _SURE) is 5,541
+# (probabilities [n] or [n, levels], symbols [n] or None) -> symbols [n]: writes the symbols, or reads them
+_Code = Callable[[np.ndarray, np.ndarray | None], np.ndarray]
+
+
+class TaskCost(NamedTuple):
+    """Bytes that a task adds to a file."""
+
+    masks: int  # coded masks and scale codes, and the levels of scales
+    own: int  # leaves without a mask
+
+
+def save_bank(
+    path: str | os.PathLike[str], bank: Bank, tasks: int, *, scales: Mapping[str, FewScales] | None = None
+) -> list[TaskCost]:
+    """Writes what the first tasks keep, whole or not at all; what each of them costs.
+
+    The weights are not in the file: they are the network's, once for all tasks.
+
+    Args:
+        path: of the file.
+        bank: of a mask method's state.
+        tasks: how many are committed, 1 to T.
+        scales: of `ib_masks` with its rule "folded", `state.scales`: by path, leaves [T, ...].
+
+    Raises:
+        ImportError: constriction is missing.
+        ValueError: more tasks than the bank has.
+        OSError: the file cannot be written.
+    """
+    check_between("tasks", tasks, 1, len(next(iter(bank.masks.values()))))
+    masks, own = unpacked_masks(bank, tasks), {name: np.asarray(leaf) for name, leaf in bank.own.items()}
+    shapes = {name: owner.shape for name, owner in bank.owner.items()}
+    bits = 0 if scales is None else int(math.log2(next(iter(scales.values())).levels.shape[-1]))
+    bodies, costs = [], []
+    for task in range(tasks):
+        coded = _encode(masks, shapes, _codes(scales, masks, bits, task), bits, task)
+        levels = b"" if scales is None else b"".join(np.asarray(scales[p].levels[task], "<f4").tobytes() for p in masks)
+        leaves = b"".join(leaf[task].tobytes() for leaf in own.values())
+        bodies.append(coded + levels + leaves)
+        costs.append((len(coded), TaskCost(len(coded) + len(levels), len(leaves))))
+    header = {
+        "masks": {name: list(shape) for name, shape in shapes.items()},
+        "own": {name: [leaf.dtype.name, *leaf.shape[1:]] for name, leaf in own.items()},
+        "scale_bits": None if scales is None else bits,
+        "coded": [length for length, _ in costs],
+    }
+    text = json.dumps(header).encode()
+    content = b"".join([_MAGIC, struct.pack("<I", len(text)), text, *bodies])
+    files.write_atomic(path, content + struct.pack("<I", zlib.crc32(content)))
+    return [cost for _, cost in costs]
+
+
+class StoredBank(NamedTuple):
+    """What a file holds."""
+
+    bank: Bank
+    scales: dict[str, FewScales] | None  # by path, leaves [T, ...]
+    tasks: int  # how many are committed
+
+
+def load_bank(path: str | os.PathLike[str], *, capacity: int | None = None) -> StoredBank:
+    """Reads what `save_bank` wrote; no mask [T, ceil(n / 8)] differs in a bit.
+
+    Args:
+        path: of the file.
+        capacity: T of the bank; None takes as many tasks as the file has.
+
+    Raises:
+        ImportError: constriction is missing.
+        ValueError: the file is damaged or none of this kind, or has more tasks than `capacity`.
+        OSError: it cannot be read.
+    """
+    content = Path(path).read_bytes()
+    try:
+        header = _read_header(content)
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError, struct.error) as error:
+        raise bad_argument("path", path, "it is damaged, or no file of masks: copy it again") from error
+    tasks, at = len(header.coded), header.end
+    if capacity is not None:
+        check_between("capacity", capacity, tasks, FREE)
+    room, bits = capacity or tasks, header.scale_bits or 0
+    masks = {name: np.zeros((room, math.prod(shape)), bool) for name, shape in header.masks.items()}
+    codes = {name: np.zeros(mask.shape, np.uint8) for name, mask in masks.items()}
+    levels = {name: np.ones((room, 2**bits), np.float32) for name in masks}
+    own = {name: np.zeros((room, *shape), kind) for name, (kind, shape) in header.own.items()}
+    plain = [*(levels.values() if header.scale_bits is not None else ()), *own.values()]
+    for task, length in enumerate(header.coded):
+        _decode(content[at : at + length], masks, header.masks, codes, bits, task)
+        at += length
+        for leaf in plain:
+            leaf[task] = np.frombuffer(content, leaf.dtype, leaf[task].size, at).reshape(leaf[task].shape)
+            at += leaf[task].nbytes
+    bank = Bank(
+        {name: jnp.asarray(np.packbits(mask, axis=1)) for name, mask in masks.items()},
+        {name: jnp.asarray(_owners(mask).reshape(header.masks[name])) for name, mask in masks.items()},
+        {name: jnp.asarray(leaf) for name, leaf in own.items()},
+    )
+    if header.scale_bits is None:
+        return StoredBank(bank, None, tasks)
+    places = np.arange(bits, dtype=np.uint8)[:, None]
+    planes = {
+        name: np.stack([np.packbits((code >> places) & 1) for code in of_tasks]) for name, of_tasks in codes.items()
+    }
+    scales = {name: FewScales(jnp.asarray(levels[name]), jnp.asarray(planes[name])) for name in masks}
+    return StoredBank(bank, scales, tasks)
+
+
+def huffman_bits(bank: Bank, tasks: int) -> float:
+    """Bits a weight that the first tasks' masks take together as WSN stores them, without the code's table.
+
+    The masks of all tasks are one symbol a weight, and symbols have a Huffman code (Kang et al. 2022, section 3.3).
+
+    Args:
+        bank: with masks [T, ceil(n / 8)].
+        tasks: how many count.
+    """
+    together = np.concatenate(list(unpacked_masks(bank, tasks).values()), axis=1)
+    _, counts = np.unique(np.packbits(together, axis=0), axis=1, return_counts=True)
+    heap = sorted(counts.tolist())
+    if len(heap) == 1:
+        return 0.0
+    heapq.heapify(heap)
+    total = 0
+    while len(heap) > 1:
+        merged = heapq.heappop(heap) + heapq.heappop(heap)
+        total += merged  # each of its weights gets one bit longer
+        heapq.heappush(heap, merged)
+    return total / together.shape[1]
+
+
+class _Header(NamedTuple):
+    masks: dict[str, tuple[int, ...]]  # shapes of leaves
+    own: dict[str, tuple[np.dtype[Any], tuple[int, ...]]]  # dtypes and shapes of the others
+    scale_bits: int | None
+    coded: list[int]  # bytes of each task's masks and scale codes
+    end: int  # where the first task begins
+
+
+def _read_header(content: bytes) -> _Header:
+    """What the file says of itself; any error means that it is damaged, or not as long as it says."""
+    if content[: len(_MAGIC)] != _MAGIC or zlib.crc32(content[:-4]) != struct.unpack("<I", content[-4:])[0]:
+        raise ValueError("magic or sum")
+    start = len(_MAGIC) + 4
+    end = start + struct.unpack("<I", content[len(_MAGIC) : start])[0]
+    header = json.loads(content[start:end])
+    shapes = {name: _shape(shape) for name, shape in header["masks"].items()}
+    own = {name: (_dtype(kind), _shape(shape)) for name, (kind, *shape) in header["own"].items()}
+    bits, lengths = header["scale_bits"], [int(length) for length in header["coded"]]
+    if bits is not None and bits not in range(9):
+        raise ValueError(f"{bits} bits")
+    levels = 0 if bits is None else 4 * len(shapes) * 2**bits
+    leaves = sum(kind.itemsize * math.prod(shape) for kind, shape in own.values())
+    if min(lengths, default=-1) < 0 or end + sum(lengths) + len(lengths) * (levels + leaves) != len(content) - 4:
+        raise ValueError(f"{len(content)} bytes")
+    if sum(map(math.prod, shapes.values())) * len(lengths) > _WEIGHTS_A_BYTE * len(content):
+        raise ValueError(f"{shapes} in {len(content)} bytes")
+    return _Header(shapes, own, bits, lengths, end)
+
+
+def _shape(sizes: list[int]) -> tuple[int, ...]:
+    if not all(isinstance(size, int) and size >= 0 for size in sizes):
+        raise ValueError(f"shape {sizes}")
+    return tuple(sizes)
+
+
+def _dtype(name: str) -> np.dtype[Any]:
+    if not jnp.issubdtype(kind := np.dtype(name), jnp.number):  # which knows bfloat16
+        raise ValueError(f"dtype {name}")
+    return kind
+
+
+def _owners(masks: np.ndarray) -> np.ndarray:
+    """The first task that keeps each weight, or FREE, uint8 [n], of bool [T, n]."""
+    return np.where(masks.any(axis=0), masks.argmax(axis=0), FREE).astype(np.uint8)
+
+
+def _codes(
+    scales: Mapping[str, FewScales] | None, masks: Mapping[str, np.ndarray], bits: int, task: int
+) -> dict[str, np.ndarray]:
+    """By path, the scale code of each weight uint8 [n]."""
+    found = {}
+    for name, mask in masks.items():
+        size = mask.shape[1]
+        packed = np.zeros(0, np.uint8) if scales is None else np.asarray(scales[name].codes[task])
+        planes = np.unpackbits(packed, count=bits * size).reshape(bits, size)
+        found[name] = np.asarray((planes << np.arange(bits, dtype=np.uint8)[:, None]).sum(axis=0, dtype=np.uint8))
+    return found
+
+
+def _encode(
+    masks: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, ...]], codes: Mapping[str, np.ndarray],
+    bits: int, task: int,
+) -> bytes:  # fmt: skip
+    stream = _constriction().stream
+    encoder = stream.queue.RangeEncoder()
+
+    def code(probabilities: np.ndarray, symbols: np.ndarray | None) -> np.ndarray:
+        assert symbols is not None
+        encoder.encode(symbols.astype(np.int32), _model(stream, probabilities), probabilities)
+        return symbols
+
+    for name, mask in masks.items():
+        _code_mask(code, mask[:task], shapes[name], mask[task])
+        _code_scales(code, bits, _reused(mask, task), codes[name])
+    words: np.ndarray = encoder.get_compressed()
+    return words.astype("<u4").tobytes()
+
+
+def _decode(
+    coded: bytes, masks: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, ...]],
+    codes: Mapping[str, np.ndarray], bits: int, task: int,
+) -> None:  # fmt: skip
+    """Fills in the masks and codes of a task, those before it being there."""
+    stream = _constriction().stream
+    decoder = stream.queue.RangeDecoder(np.frombuffer(coded, "<u4").astype(np.uint32))
+
+    def code(probabilities: np.ndarray, _: np.ndarray | None) -> np.ndarray:
+        return np.asarray(decoder.decode(_model(stream, probabilities), probabilities))
+
+    for name, mask in masks.items():
+        mask[task] = _code_mask(code, mask[:task], shapes[name], None)
+        codes[name][task] = _code_scales(code, bits, _reused(mask, task), None)
+
+
+def _model(stream: Any, probabilities: np.ndarray) -> Any:
+    return (stream.model.Bernoulli if probabilities.ndim == 1 else stream.model.Categorical)(perfect=False)
+
+
+def _reused(mask: np.ndarray, task: int) -> np.ndarray:
+    """Which weights [n] a task keeps that others kept before it, of bool [T, n]."""
+    return mask[task] & mask[:task].any(axis=0)
+
+
+def _code_mask(code: _Code, before: np.ndarray, shape: tuple[int, ...], mask: np.ndarray | None) -> np.ndarray:
+    """The mask bool [n] of a leaf, row by row and in runs of columns, given those of earlier tasks [t, n].
+
+    What is expected of a weight by its context alone is held against what came of its row and column so far.
+    """
+    columns = shape[-1] if shape else 1
+    rows = math.prod(shape) // max(columns, 1)
+    contexts = np.minimum(before.sum(axis=0), _CONTEXTS - 1).reshape(rows, columns)
+    ones, seen = np.ones(_CONTEXTS, np.int64), np.full(_CONTEXTS, 2, np.int64)
+    in_column, expected_in_column = np.zeros(columns, np.int64), np.zeros(columns, np.int64)  # the latter in units
+    found = np.zeros((rows, columns), bool)
+    for row in range(rows):
+        in_row = expected_in_row = 0
+        for start in range(0, columns, _RUN):
+            part = slice(start, start + _RUN)
+            context = contexts[row, part]
+            base = ones[context] * _UNIT // seen[context]
+            odds = base / (_UNIT - base)
+            odds = odds * _surprise(in_column[part], expected_in_column[part], row)
+            odds = odds * _surprise(in_row, expected_in_row, start)
+            probabilities = np.clip(odds / (1 + odds), _SURE, 1 - _SURE)
+            run = code(probabilities, None if mask is None else mask.reshape(rows, columns)[row, part]).astype(bool)
+            found[row, part] = run
+            ones += np.bincount(context[run], minlength=_CONTEXTS)
+            seen += np.bincount(context, minlength=_CONTEXTS)
+            in_column[part] += run
+            expected_in_column[part] += base
+            in_row += int(run.sum())
+            expected_in_row += int(base.sum())
+    return found.reshape(-1)
+
+
+def _surprise(count: Any, expected: Any, of: int) -> Any:
+    """By what the odds of a weight change that lies where so many of some are kept, and so many units were expected."""
+    more = (count + _SHRINK) * _UNIT / (expected + _SHRINK * _UNIT)
+    fewer = (of - count + _SHRINK) * _UNIT / (of * _UNIT - expected + _SHRINK * _UNIT)
+    return more / fewer
+
+
+def _code_scales(code: _Code, bits: int, reused: np.ndarray, codes: np.ndarray | None) -> np.ndarray:
+    """The scale codes uint8 [n] of a leaf, of re-used weights; 0 elsewhere."""
+    found = np.zeros(len(reused), np.uint8)
+    places = np.flatnonzero(reused)
+    counts = np.ones(2**bits, np.int64)
+    for start in range(0, len(places) if bits else 0, _RUN):
+        part = places[start : start + _RUN]
+        probabilities = np.tile(counts / counts.sum(), (len(part), 1))
+        found[part] = code(probabilities, None if codes is None else codes[part])
+        counts += np.bincount(found[part], minlength=2**bits)
+    return found
+
+
+def _constriction() -> Any:
+    try:
+        import constriction  # noqa: PLC0415
+    except ImportError as error:
+        raise ImportError('files of masks need constriction: pip install "jaxcl[coding]"') from error
+    return constriction

@@ -1,0 +1,148 @@
+"""Files of masks: bit for bit what was saved, as small as their entropy lets them be, and errors for all else."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_masks import TASKS, method_of, network, results
+
+from jaxcl import masks
+
+pytest.importorskip("constriction")
+
+SHAPES = {"first": (40, 33), "second": (3, 3, 5, 7)}
+
+
+def random_bank(densities, *, tasks=3, seed=0):
+    """By chance a weight in so many is kept, by each task independently."""
+    rng = np.random.default_rng(seed)
+    bank = (
+        masks.ib_masks(lambda path: path in SHAPES, tasks)
+        .init(jax.random.key(0), {name: jnp.ones(shape) for name, shape in SHAPES.items()} | {"own": jnp.ones(3)})[1]
+        .bank
+    )
+    kept = {name: rng.random((tasks, *shape)) < densities for name, shape in SHAPES.items()}
+    owner = {
+        name: np.where(of.any(axis=0), of.argmax(axis=0), masks.FREE).astype(np.uint8) for name, of in kept.items()
+    }
+    packed = {name: np.packbits(of.reshape(tasks, -1), axis=1) for name, of in kept.items()}
+    return bank._replace(masks=packed, owner=owner, own={"own": rng.normal(size=(tasks, 3)).astype(np.float32)}), kept
+
+
+def assert_same(one, two):
+    for left, right in zip(jax.tree.leaves(one), jax.tree.leaves(two), strict=True):
+        assert left.dtype == right.dtype
+        np.testing.assert_array_equal(left, right)
+
+
+@pytest.mark.parametrize("name", ["ib_masks", "ib_masks, one scale", "winning_subnetwork", "packnet"])
+def test_a_bank_comes_back_to_the_bit_and_answers_the_same(name, tmp_path):
+    method = method_of(name)
+    masked, state = results(name)[-1][1]
+    scales = getattr(state, "scales", None)
+    costs = masks.save_bank(tmp_path / "bank", method.bank(state), TASKS, scales=scales)
+    stored = masks.load_bank(tmp_path / "bank")
+    assert stored.tasks == TASKS
+    assert_same(stored.bank, method.bank(state))
+    assert_same(stored.scales, scales)
+    again = state._replace(bank=stored.bank, **({"scales": stored.scales} if scales else {}))
+    x = jax.random.normal(jax.random.key(0), (100, 7))
+    for task in range(TASKS):
+        one, two = (network(method.select(masked, each, task), x) for each in (state, again))
+        np.testing.assert_array_equal(one, two)
+    size = (tmp_path / "bank").stat().st_size
+    assert sum(cost.masks + cost.own for cost in costs) < size < sum(cost.masks + cost.own for cost in costs) + 600
+
+
+@pytest.mark.parametrize("density", [0.02, 0.2, 0.5, 0.98])
+def test_masks_of_chance_cost_little_more_than_their_entropy(density, tmp_path):
+    bank, kept = random_bank(density)
+    costs = masks.save_bank(tmp_path / "bank", bank, 3)
+    weights = sum(of[0].size for of in kept.values())
+    entropy = -density * np.log2(density) - (1 - density) * np.log2(1 - density)
+    for cost in costs:
+        assert 8 * cost.masks < 1.12 * entropy * weights + 100
+        assert cost.own == 12
+    assert masks.huffman_bits(bank, 3) >= 3 * entropy * 0.97
+
+
+def test_what_rows_columns_and_earlier_tasks_tell_is_not_paid_for(tmp_path):
+    """A task that keeps the same as the one before, but for few; and whole rows and columns that nothing keeps."""
+    bank, kept = random_bank(0.5)
+    rng = np.random.default_rng(1)
+    alone = masks.save_bank(tmp_path / "bank", bank, 1)[0].masks
+    for of in kept.values():
+        of[1] = of[0] ^ (rng.random(of[0].shape) < 0.01)
+    packed = {name: np.packbits(of.reshape(3, -1), axis=1) for name, of in kept.items()}
+    assert masks.save_bank(tmp_path / "bank", bank._replace(masks=packed), 2)[1].masks < 0.2 * alone
+    for of in kept.values():
+        of[0, ::2] = False
+        of[0, ..., 1::2] = False
+    packed = {name: np.packbits(of.reshape(3, -1), axis=1) for name, of in kept.items()}
+    assert masks.save_bank(tmp_path / "bank", bank._replace(masks=packed), 1)[0].masks < 0.55 * alone
+
+
+def test_a_file_has_room_for_more_tasks(tmp_path):
+    bank, _ = random_bank(0.3)
+    masks.save_bank(tmp_path / "bank", bank, 2)
+    stored = masks.load_bank(tmp_path / "bank", capacity=5)
+    assert stored.tasks == 2 and {len(leaf) for leaf in jax.tree.leaves((stored.bank.masks, stored.bank.own))} == {5}
+    np.testing.assert_array_equal(stored.bank.masks["first"][:2], bank.masks["first"][:2])
+    assert not stored.bank.masks["first"][2:].any()
+    with pytest.raises(ValueError, match="capacity: got 1; pass a number from 2 to 255"):
+        masks.load_bank(tmp_path / "bank", capacity=1)
+    with pytest.raises(ValueError, match="tasks: got 4; pass a number from 1 to 3"):
+        masks.save_bank(tmp_path / "bank", bank, 4)
+
+
+def test_damaged_files_are_errors(tmp_path):
+    """Ten thousand: bytes changed, cut off, put in, swapped; never a crash, nor another mask."""
+    _, state = results("ib_masks")[-1][1]
+    masks.save_bank(tmp_path / "bank", state.bank, TASKS, scales=state.scales)
+    content = (tmp_path / "bank").read_bytes()
+    rng = np.random.default_rng(0)
+    path = tmp_path / "damaged"
+    for number in range(10_000):
+        damaged = bytearray(content)
+        at = int(rng.integers(len(content)))
+        if number % 4 == 0:
+            damaged[at] ^= 1 << int(rng.integers(8))
+        elif number % 4 == 1:
+            del damaged[at:]
+        elif number % 4 == 2:
+            damaged[at:at] = rng.bytes(int(rng.integers(1, 9)))
+        else:
+            damaged[at : at + 4] = rng.bytes(4)
+        if damaged == content:
+            continue
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"path: got .*damaged; it is damaged, or no file of masks"):
+            masks.load_bank(path)
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        b"", b"[]", b"{}", b'{"masks": {"a": [-1]}, "own": {}, "scale_bits": null, "coded": [0]}',
+        b'{"masks": {"a": [1099511627776]}, "own": {}, "scale_bits": null, "coded": [0]}',
+        b'{"masks": {"a": [8]}, "own": {"b": ["object", 1]}, "scale_bits": null, "coded": [0]}',
+        b'{"masks": {"a": [8]}, "own": {}, "scale_bits": 70, "coded": [0]}',
+        b'{"masks": {"a": [8]}, "own": {}, "scale_bits": "x", "coded": [0]}',
+        b'{"masks": {"a": [8]}, "own": {}, "scale_bits": null, "coded": [-4]}',
+        b'{"masks": {"a": [8]}, "own": {}, "scale_bits": null, "coded": []}',
+        b'{"masks": {"a": [8]}, "own": {}, "scale_bits": null, "coded": [3]}',
+    ],
+)  # fmt: skip
+def test_headers_that_lie_are_errors_though_the_sum_is_right(header, tmp_path):
+    import struct
+    import zlib
+
+    content = b"JAXCLMK1" + struct.pack("<I", len(header)) + header
+    (tmp_path / "bank").write_bytes(content + struct.pack("<I", zlib.crc32(content)))
+    with pytest.raises(ValueError, match="it is damaged, or no file of masks"):
+        masks.load_bank(tmp_path / "bank")
+
+
+def test_a_file_that_is_not_there_says_so(tmp_path):
+    with pytest.raises(OSError, match="bank"):
+        masks.load_bank(tmp_path / "bank")
