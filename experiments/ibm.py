@@ -23,7 +23,7 @@ from experiments.common import Run, RunConfig, over_seeds, parse_command
 from experiments.features import load_features
 from jaxcl import continual, masks, nets, report
 from jaxcl.continual import Examples, Strategy, Stream, streams
-from jaxcl.masks import Bank, MaskMethod
+from jaxcl.masks import MaskMethod
 from jaxcl.typing import Key, PyTree
 
 CARDS = {
@@ -116,7 +116,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     params = [net.init(key[1], jnp.zeros((1, *tasks[0].train.inputs.shape[1:]))) for key in keys]
     steps = config.epochs * -(-max(len(part.rows) for part in tasks[0].train_sets) // config.batch_size)
     head = f"Dense_{len(config.hidden)}"
-    banks: dict[str, list[Bank]] = {}
+    costs: dict[str, list[dict[str, float]]] = {}
     for name in config.methods:
         of_method = [streams.joint(stream) for stream in tasks] if name == "joint" else tasks
         tx: optax.GradientTransformation = optax.adam(config.learning_rate)
@@ -132,17 +132,25 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             batch_size=config.batch_size, steps_per_call=16,
         )  # fmt: skip
         if name in MASKED:
-            banks[name] = [method.bank(result.strategy_state.of_method) for result in run.results[name]]
-            usage, overlap = (
-                masks.weight_usage(banks[name][0], config.tasks),
-                masks.mask_overlap(banks[name][0], config.tasks),
-            )
-            run.figures[f"What tasks keep of each layer, {name} (first seed)"] = report.weight_usage_bars(usage)
-            run.figures[f"How far masks of tasks overlap, {name} (first seed)"] = report.mask_overlap_map(overlap)
-    run.findings["masks"] = {name: _shares(of_seeds, config.tasks) for name, of_seeds in banks.items()}
-    rows = [["method", "weights a task %", "all tasks together %"]]
-    for name, shares in run.findings["masks"].items():
-        rows.append([name, *(f"{100 * shares[part]['mean']:.1f}" for part in ("kept_by_a_task", "kept_by_any"))])
+            states = [result.strategy_state.of_method for result in run.results[name]]
+            costs[name] = [_costs(config, name, seed, method, state) for seed, state in enumerate(states)]
+            first = method.bank(states[0])
+            run.figures |= {
+                f"What tasks keep of each layer, {name} (first seed)": report.weight_usage_bars(
+                    masks.weight_usage(first, config.tasks)
+                ),
+                f"How far masks of tasks overlap, {name} (first seed)": report.mask_overlap_map(
+                    masks.mask_overlap(first, config.tasks)
+                ),
+            }
+    run.findings["masks"] = {
+        name: over_seeds(**{part: [found[part] for found in of_seeds] for part in of_seeds[0]})
+        for name, of_seeds in costs.items()
+    }
+    rows = [["method", "weights a task %", "all tasks together %", "bits a weight and task", "as WSN stores masks"]]
+    for name, of_method in run.findings["masks"].items():
+        shares = (f"{100 * of_method[part]['mean']:.1f}" for part in ("kept_by_a_task", "kept_by_any"))
+        rows.append([name, *shares, *(f"{of_method[part]['mean']:.3f}" for part in ("bits", "huffman_bits"))])
     if len(rows) > 1:
         run.tell(report.text_table(rows))
     return run.finish()
@@ -192,15 +200,22 @@ def _plain(config: Config, name: Method, net: nets.MLP) -> Strategy:
     return continual.naive(net.apply)
 
 
-def _shares(banks: Sequence[Bank], tasks: int) -> dict[str, Any]:
-    """Of all weights that have masks, what share a task keeps in the mean, and what share any task does."""
-    found = []
-    for bank in banks:
-        sizes = np.array([owner.size for owner in bank.owner.values()], float)
-        usage = np.stack(list(masks.weight_usage(bank, tasks).values()))  # [leaves, T, 3]
-        new, reused, free = np.tensordot(sizes / sizes.sum(), usage, 1).T
-        found.append(((new + reused).mean(), 1 - free[-1]))
-    return over_seeds(kept_by_a_task=[float(one) for one, _ in found], kept_by_any=[float(every) for _, every in found])
+def _costs(config: Config, name: str, seed: int, method: MaskMethod, state: PyTree) -> dict[str, float]:
+    """Of all weights that have masks: shares kept, and bits that a task costs, in the mean; saves the masks."""
+    bank = method.bank(state)
+    sizes = np.array([owner.size for owner in bank.owner.values()], float)
+    usage = np.stack(list(masks.weight_usage(bank, config.tasks).values()))  # [leaves, T, 3]
+    new, reused, free = np.tensordot(sizes / sizes.sum(), usage, 1).T
+    few = getattr(state, "scales", None) if config.ibm_scales == "folded" else None
+    stored = masks.save_bank(config.out / "masks" / f"{name}_{seed}.masks", bank, config.tasks, scales=few)
+    return {
+        "kept_by_a_task": float((new + reused).mean()),
+        "reused_by_a_task": float(reused.mean()),
+        "kept_by_any": float(1 - free[-1]),
+        "bits": 8 * float(np.mean([cost.masks for cost in stored])) / sizes.sum(),
+        "own_bytes": float(np.mean([cost.own for cost in stored])),
+        "huffman_bits": masks.huffman_bits(bank, config.tasks) / config.tasks,
+    }
 
 
 if __name__ == "__main__":

@@ -1,5 +1,8 @@
 """Files of masks: bit for bit what was saved, as small as their entropy lets them be, and errors for all else."""
 
+import struct
+import zlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -134,13 +137,27 @@ def test_damaged_files_are_errors(tmp_path):
     ],
 )  # fmt: skip
 def test_headers_that_lie_are_errors_though_the_sum_is_right(header, tmp_path):
-    import struct
-    import zlib
-
     content = b"JAXCLMK1" + struct.pack("<I", len(header)) + header
     (tmp_path / "bank").write_bytes(content + struct.pack("<I", zlib.crc32(content)))
     with pytest.raises(ValueError, match="it is damaged, or no file of masks"):
         masks.load_bank(tmp_path / "bank")
+
+
+def test_coded_words_that_no_encoder_wrote_are_an_error_or_other_masks(tmp_path):
+    """With a sum that is right; never a crash."""
+    bank, _ = random_bank(0.3)
+    masks.save_bank(tmp_path / "bank", bank, 3)
+    content = (tmp_path / "bank").read_bytes()[:-4]
+    rng, faults = np.random.default_rng(0), 0
+    for _ in range(50):
+        at = int(rng.integers(len(content) - 500, len(content) - 40)) // 4 * 4
+        forged = content[:at] + rng.bytes(8) + content[at + 8 :]
+        (tmp_path / "forged").write_bytes(forged + struct.pack("<I", zlib.crc32(forged)))
+        try:
+            masks.load_bank(tmp_path / "forged")
+        except ValueError as error:
+            faults += "it is damaged" in str(error)
+    assert faults > 0
 
 
 def test_a_file_that_is_not_there_says_so(tmp_path):

@@ -2,8 +2,8 @@
 
 The file: a magic, the length of a header and the header as JSON (leaves, bits of scales, each task's lengths), then for
 each task its coded masks and scale codes, its levels and its own leaves, and at last a CRC of all before it. A mask is
-coded weight by weight, given how many earlier tasks kept the weight and how much of its row and column this task has
-kept so far; a scale code given those before it. Counts adapt as coding goes on, so nothing but the masks is told. What
+coded weight by weight, given which earlier tasks kept the weight and how much of its row and column this task has kept
+so far; a scale code given those before it. Counts adapt as coding goes on, so nothing but the masks is told. What
 decides a probability is kept in integers, so that every machine decodes the same.
 """
 
@@ -28,7 +28,8 @@ from jaxcl.typing import bad_argument, check_between
 _MAGIC = b"JAXCLMK1"
 _UNIT = 1 << 16  # what a probability of 1 is in integers
 _SHRINK = 8  # so many expected weights a row or column weighs against what was seen of it
-_CONTEXTS = 4  # a weight that 0, 1, 2, or 3 or more earlier tasks kept
+_LAST = 3  # tasks, of which each counts by itself in a weight's context
+_CONTEXTS = 8 * 2**_LAST  # those, and how many tasks kept the weight, up to 7
 _RUN = 32  # symbols between two changes of the counts
 _SURE = 1e-3  # no weight is held to be kept, or not, with a chance below it
 _WEIGHTS_A_BYTE = 6000  # at most so many: 8 / -log2(1 - _SURE) is 5,541
@@ -105,10 +106,11 @@ def load_bank(path: str | os.PathLike[str], *, capacity: int | None = None) -> S
         OSError: it cannot be read.
     """
     content = Path(path).read_bytes()
+    fault = bad_argument("path", path, "it is damaged, or no file of masks: copy it again")
     try:
         header = _read_header(content)
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError, struct.error) as error:
-        raise bad_argument("path", path, "it is damaged, or no file of masks: copy it again") from error
+        raise fault from error
     tasks, at = len(header.coded), header.end
     if capacity is not None:
         check_between("capacity", capacity, tasks, FREE)
@@ -119,7 +121,10 @@ def load_bank(path: str | os.PathLike[str], *, capacity: int | None = None) -> S
     own = {name: np.zeros((room, *shape), kind) for name, (kind, shape) in header.own.items()}
     plain = [*(levels.values() if header.scale_bits is not None else ()), *own.values()]
     for task, length in enumerate(header.coded):
-        _decode(content[at : at + length], masks, header.masks, codes, bits, task)
+        try:
+            _decode(content[at : at + length], masks, header.masks, codes, bits, task)
+        except (AssertionError, ValueError) as error:  # which the decoder raises where no encoder can have come
+            raise fault from error
         at += length
         for leaf in plain:
             leaf[task] = np.frombuffer(content, leaf.dtype, leaf[task].size, at).reshape(leaf[task].shape)
@@ -272,7 +277,7 @@ def _code_mask(code: _Code, before: np.ndarray, shape: tuple[int, ...], mask: np
     """
     columns = shape[-1] if shape else 1
     rows = math.prod(shape) // max(columns, 1)
-    contexts = np.minimum(before.sum(axis=0), _CONTEXTS - 1).reshape(rows, columns)
+    contexts = _context(before).reshape(rows, columns)
     ones, seen = np.ones(_CONTEXTS, np.int64), np.full(_CONTEXTS, 2, np.int64)
     in_column, expected_in_column = np.zeros(columns, np.int64), np.zeros(columns, np.int64)  # the latter in units
     found = np.zeros((rows, columns), bool)
@@ -295,6 +300,13 @@ def _code_mask(code: _Code, before: np.ndarray, shape: tuple[int, ...], mask: np
             in_row += int(run.sum())
             expected_in_row += int(base.sum())
     return found.reshape(-1)
+
+
+def _context(before: np.ndarray) -> np.ndarray:
+    """What earlier tasks [t, n] tell of a weight [n]: which of the last three kept it, and how many of all did."""
+    last = before[::-1][:_LAST]
+    which = np.sum(last << np.arange(len(last))[:, None], axis=0)
+    return which + 2**_LAST * np.minimum(before.sum(axis=0), _CONTEXTS // 2**_LAST - 1)
 
 
 def _surprise(count: Any, expected: Any, of: int) -> Any:
