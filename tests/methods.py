@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxcl import bottleneck, continual
+from jaxcl import bottleneck, continual, masks
 from jaxcl.continual import Examples, Strategy, Stream, loop, streams
 from jaxcl.continual.programs import Programs, compile_programs
 
@@ -125,7 +125,8 @@ STRATEGIES = {
     "der_plus_plus": lambda: continual.der_plus_plus(network, **MEMORY, logits_strength=0.5, labels_strength=0.5),
     "a_gem": lambda: continual.a_gem(network, **MEMORY),
 }
-NAMES = [*STRATEGIES, "key_value_bottleneck"]
+MASKS = masks.ib_masks(lambda path: path != "bias", 2, log_variance=-2.0)
+NAMES = [*STRATEGIES, "key_value_bottleneck", "masked_network"]
 MADE_UP = {"made_up": lambda: made_up(0), "made_up, refreshed": lambda: made_up(3)}
 TOLD = {"lwf", "er"}  # those whose stream is task-incremental
 
@@ -139,6 +140,9 @@ def method(name):
         )
         strategy, tx = continual.key_value_bottleneck(made, momentum=0.9), bottleneck.sparse_sgd(1.0, max_norm=0.1)
         return Method(strategy, tx, table_params(), stream_of(indices=True))
+    if name == "masked_network":
+        strategy, tx = continual.masked_network(MASKS, network, penalty_weight=1e-3), optax.adam(0.02)
+        return Method(strategy, tx, MASKS.init(jax.random.key(0), network_params())[0], stream_of(told=True))
     return Method((STRATEGIES | MADE_UP)[name](), optax.adam(0.02), network_params(), stream_of(told=name in TOLD))
 
 

@@ -1,0 +1,54 @@
+"""The experiment with mask methods, as a user runs it."""
+
+import numpy as np
+import pytest
+
+from experiments import ibm
+from jaxcl import masks, report
+
+pytest.importorskip("constriction")
+
+SMOKE = ["--preset", "smoke", "--seeds", "1"]
+
+
+def test_mask_methods_forget_nothing_and_leave_their_files(tmp_path):
+    document = ibm.main([*SMOKE, "--methods", "packnet", "wsn", "ibm", "--out", str(tmp_path)])
+    for name, accuracy in report.read_accuracy_csv(tmp_path / "accuracy.csv").items():
+        for task in range(3):
+            np.testing.assert_array_equal(accuracy[0, task:, task], accuracy[0, task, task])
+        assert document["results"][name]["bwt"]["mean"] == 0
+        found = {part: values["mean"] for part, values in document["masks"][name].items()}
+        assert 0 < found["kept_by_a_task"] <= found["kept_by_any"] <= 1 and found["bits"] > 0
+        stored = masks.load_bank(tmp_path / "masks" / f"{name}_0.masks")
+        assert stored.tasks == 3 and (stored.scales is not None) == (name == "ibm")
+        usage = masks.weight_usage(stored.bank, 3)["params/Dense_0/kernel"]
+        assert set(masks.weight_usage(stored.bank, 3)) == {"params/Dense_0/kernel"}  # not the head
+        assert usage[:, :2].sum(axis=1).mean() == pytest.approx(found["kept_by_a_task"])
+    page = (tmp_path / "report.html").read_text()
+    assert "What tasks keep of each layer, ibm" in page and "How far masks of tasks overlap, wsn" in page
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--stream", "split", "--tasks", "5", "--methods", "ibm", "independent", "--ibm-scales", "authors"],
+        [
+            "--stream",
+            "rotated",
+            "--methods",
+            "ibm",
+            "joint",
+            "--no-ibm-ratios",
+            "--no-ibm-reuse",
+            "--ibm-redraw",
+            "all",
+        ],
+    ],
+)
+def test_streams_and_ablations_run(options, tmp_path):
+    document = ibm.main([*SMOKE, "--epochs", "1", *options, "--out", str(tmp_path)])
+    assert 0 <= document["results"]["ibm"]["acc"]["mean"] <= 1
+    if "split" in options:
+        assert document["masks"]["ibm"]["reused_by_a_task"]["mean"] > 0
+    else:
+        assert document["masks"]["ibm"]["reused_by_a_task"]["mean"] == 0
