@@ -10,9 +10,11 @@ over the number of steps a task has, so that the same settings serve short and l
 
 import dataclasses
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,10 +23,10 @@ import optax
 from experiments.card import Card
 from experiments.common import Run, RunConfig, over_seeds, parse_command
 from experiments.features import load_features
-from jaxcl import continual, masks, nets, report
-from jaxcl.continual import Examples, Strategy, Stream, streams
+from jaxcl import continual, data, masks, nets, report
+from jaxcl.continual import Strategy, Stream, streams
 from jaxcl.masks import MaskMethod
-from jaxcl.typing import Key, PyTree
+from jaxcl.typing import Key, PyTree, bad_argument
 
 CARDS = {
     "--preset smoke": Card("1 min", "that it runs"),
@@ -34,14 +36,17 @@ CARDS = {
 }
 Method = Literal["naive", "ewc", "packnet", "wsn", "ibm", "independent", "joint"]
 MASKED = ("packnet", "wsn", "ibm")
+SHAPES = {"digits": (8, 8, 1), "mnist": (28, 28, 1), "cifar10": (32, 32, 3)}
 
 
 @dataclasses.dataclass(frozen=True)
 class Config(RunConfig):
     """Settings of the comparison of mask methods; the defaults shown are those of the preset."""
 
-    data: Literal["digits", "mnist"] = "digits"
-    """Images, as raw pixels; mnist lies in the folder that JAXCL_DATA names."""
+    data: Literal["digits", "mnist", "cifar10"] = "digits"
+    """Images; mnist and cifar10 lie in the folder that JAXCL_DATA names."""
+    network: Literal["mlp", "mixer", "lenet5", "alexnet"] = "mlp"
+    """mlp goes with every stream; the others see images, and so go with rotated and split ones."""
     stream: Literal["permuted", "rotated", "split"] = "permuted"
     """What a task is."""
     tasks: int = 10
@@ -54,7 +59,7 @@ class Config(RunConfig):
     """Use only the first so many training examples and a fifth as many test examples."""
 
     hidden: tuple[int, ...] = (300, 100)
-    """Widths of the hidden layers of the MLP."""
+    """Widths of the hidden layers of an mlp."""
     learning_rate: float = 1e-3
     """Of Adam, for weights."""
     epochs: int = 10
@@ -101,46 +106,48 @@ def preset(name: str, data: str) -> Config:
         )
     if data == "mnist":
         return Config(**shared, tasks=20)
+    if data == "cifar10":
+        return Config(**shared, stream="split", tasks=5, network="mixer", epochs=20, batch_size=64)
     return Config(**shared, epochs=30, batch_size=32, hidden=(100, 50))
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Runs the experiment; returns what is in metrics.json."""
-    config = parse_command(preset, data=("digits", "mnist"), argv=argv, description=__doc__ or "")
+    config = parse_command(preset, data=tuple(SHAPES), argv=argv, description=__doc__ or "")
     run = Run(config, "ibm")
     if document := run.finished():
         return document
     keys = [jax.random.split(jax.random.key(seed), 4) for seed in range(config.seeds)]
-    tasks = [_stream(config, key[0]) for key in keys]
-    net = nets.MLP(config.hidden, classes=10)
-    params = [net.init(key[1], jnp.zeros((1, *tasks[0].train.inputs.shape[1:]))) for key in keys]
+    tasks = _streams(config, [key[0] for key in keys])
+    network = _network(config)
+    first = jnp.zeros((1, *tasks[0].train.inputs.shape[1:]))
+    params = [network.module.init(key[1], first) for key in keys]
     steps = config.epochs * -(-max(len(part.rows) for part in tasks[0].train_sets) // config.batch_size)
-    head = f"Dense_{len(config.hidden)}"
     costs: dict[str, list[dict[str, float]]] = {}
     for name in config.methods:
         of_method = [streams.joint(stream) for stream in tasks] if name == "joint" else tasks
         tx: optax.GradientTransformation = optax.adam(config.learning_rate)
         start: list[PyTree] = params
         if name in MASKED:
-            method, strategy, travel = _masked(config, name, net, head, steps)
+            method, strategy, travel = _masked(config, name, network, steps)
             start = [method.init(key[2], own)[0] for key, own in zip(keys, params, strict=True)]
             tx = masks.separate_rates(tx, optax.adam(travel / steps))
         else:
-            strategy = _plain(config, name, net)
+            strategy = _plain(config, name, network)
         run.train(
             name, strategy, tx, start, of_method, jnp.stack([key[3] for key in keys]), epochs=config.epochs,
-            batch_size=config.batch_size, steps_per_call=16,
+            batch_size=config.batch_size, steps_per_call=16 if network.products else None,
         )  # fmt: skip
         if name in MASKED:
             states = [result.strategy_state.of_method for result in run.results[name]]
             costs[name] = [_costs(config, name, seed, method, state) for seed, state in enumerate(states)]
-            first = method.bank(states[0])
+            bank = method.bank(states[0])
             run.figures |= {
                 f"What tasks keep of each layer, {name} (first seed)": report.weight_usage_bars(
-                    masks.weight_usage(first, config.tasks)
+                    masks.weight_usage(bank, config.tasks)
                 ),
                 f"How far masks of tasks overlap, {name} (first seed)": report.mask_overlap_map(
-                    masks.mask_overlap(first, config.tasks)
+                    masks.mask_overlap(bank, config.tasks)
                 ),
             }
     run.findings["masks"] = {
@@ -156,48 +163,78 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     return run.finish()
 
 
-def _stream(config: Config, key: Key) -> Stream:
+class Network(NamedTuple):
+    """A network, how it is applied, and which of its parameters have masks."""
+
+    module: nn.Module
+    training: nn.Module  # the same, but batch normalisation, if it has any, goes by the batch
+    head: str  # the name of its output layer
+    products: bool = False  # whether it has no convolutions, which are slow in a compiled loop on a CPU
+
+
+def _network(config: Config) -> Network:
+    if config.network == "mlp":
+        mlp = nets.MLP(config.hidden, classes=10)
+        return Network(mlp, mlp, f"Dense_{len(config.hidden)}", products=True)
+    if config.stream == "permuted":
+        raise bad_argument("network", config.network, "permuted pixels are no images: pass mlp, or another stream")
+    if config.network == "alexnet":
+        return Network(nets.AlexNet(10), nets.AlexNet(10, training=True), "head")
+    plain = nets.Mixer(10) if config.network == "mixer" else nets.LeNet5(10)
+    return Network(plain, plain, "head", products=config.network == "mixer")
+
+
+def _streams(config: Config, keys: Sequence[Key]) -> list[Stream]:
     split = load_features(config.data, validation=config.validation, limit=config.limit)
     if config.stream == "permuted":
-        return streams.permuted(key, *split, tasks=config.tasks)._replace(task_known=True)
-    if config.stream == "split":
-        return streams.task_incremental(key, *split, classes_per_task=10 // config.tasks)
-    side = int(split.train.inputs.shape[1] ** 0.5)
-    images = (Examples(np.asarray(part.inputs).reshape(-1, side, side), part.labels) for part in split)
-    degrees = list(np.linspace(0, 180, config.tasks, endpoint=False))
-    return streams.rotated(*images, degrees=degrees)._replace(task_known=True)
+        return [streams.permuted(key, *split, tasks=config.tasks)._replace(task_known=True) for key in keys]
+    if config.network != "mlp" or config.stream == "rotated":
+        shape = SHAPES[config.data]
+        split = data.Split(*(part._replace(inputs=np.asarray(part.inputs).reshape(-1, *shape)) for part in split))
+    if config.stream == "rotated":
+        degrees = list(np.linspace(0, 180, config.tasks, endpoint=False))
+        return [streams.rotated(*split, degrees=degrees)._replace(task_known=True)] * len(keys)
+    made = [streams.task_incremental(key, *split, classes_per_task=10 // config.tasks) for key in keys]
+    if config.network == "mlp":
+        return made
+    normalise = partial(data.normalise, data.channel_statistics(split.train))
+    return [stream._replace(prepare=normalise) for stream in made]
 
 
-def _masked(config: Config, name: Method, net: nets.MLP, head: str, steps: int) -> tuple[MaskMethod, Strategy, float]:
+def _masked(config: Config, name: Method, network: Network, steps: int) -> tuple[MaskMethod, Strategy, float]:
     """A mask method, its strategy, and how far its scores travel in a task."""
 
     def covers(path: str) -> bool:
-        return path.endswith("kernel") and head not in path
+        return path.endswith("kernel") and network.head not in path
 
+    options: dict[str, Any] = {}
+    if network.training != network.module:
+        options = {"training_apply": network.training.apply, "statistics": nets.batch_statistics(network.training)}
     if name == "packnet":
         prune_after = max(1, round(config.packnet_prune * steps))
         method = masks.packnet(covers, config.tasks, share=config.packnet_share, prune_after=prune_after)
-        return method, continual.masked_network(method, net.apply), 0.0
+        return method, continual.masked_network(method, network.module.apply, **options), 0.0
     if name == "wsn":
         method = masks.winning_subnetwork(covers, config.tasks, sparsity=config.wsn_sparsity)
-        return method, continual.masked_network(method, net.apply), config.wsn_travel
+        return method, continual.masked_network(method, network.module.apply, **options), config.wsn_travel
     method = masks.ib_masks(
         covers, config.tasks, scale_rule=config.ibm_scales, scale_bits=config.ibm_scale_bits,
         redraw=config.ibm_redraw, reuse=config.ibm_reuse, log_variance=config.ibm_log_variance,
     )  # fmt: skip
-    measured: dict[str, Any] = (
-        {"features": nets.layer_outputs(net), "refresh_every": config.refresh_every} if config.ibm_ratios else {}
-    )
-    strategy = continual.masked_network(method, net.apply, penalty_weight=config.ibm_penalty, **measured)
+    if config.ibm_ratios:
+        options |= {"features": nets.layer_outputs(network.training), "refresh_every": config.refresh_every}
+    strategy = continual.masked_network(method, network.module.apply, penalty_weight=config.ibm_penalty, **options)
     return method, strategy, config.ibm_travel
 
 
-def _plain(config: Config, name: Method, net: nets.MLP) -> Strategy:
+def _plain(config: Config, name: Method, network: Network) -> Strategy:
+    """Of methods without masks; batch normalisation goes by the batch at test time too, as the authors have it."""
+    apply = network.training.apply
     if name == "ewc":
-        return continual.ewc(net.apply, strength=config.ewc_strength)
+        return continual.ewc(apply, strength=config.ewc_strength)
     if name == "independent":
-        return continual.independent(net.apply, config.tasks)
-    return continual.naive(net.apply)
+        return continual.independent(apply, config.tasks)
+    return continual.naive(apply)
 
 
 def _costs(config: Config, name: str, seed: int, method: MaskMethod, state: PyTree) -> dict[str, float]:

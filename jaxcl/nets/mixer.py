@@ -1,19 +1,21 @@
 """MLP-Mixer: images by matrix products alone, which compiled loops run fast on a CPU too, where convolutions do not."""
 
+from functools import partial
+
 import flax.linen as nn
 
-from jaxcl.nets.batch_norm import BatchNorm
 from jaxcl.typing import Array, bad_argument, check_rank
+
+_norm = partial(nn.LayerNorm, use_bias=False, use_scale=False)
 
 
 class Mixer(nn.Module):
     """MLP-Mixer (Tolstikhin et al. 2021), small: layers mix patches and channels in turn; images to logits [B, K].
 
-    Normalisation is `BatchNorm`, and no layer but the last has biases, so that all a task learns lies in kernels.
+    Layer normalisation has no scale and no bias, and no layer but the last has biases: what is learned lies in kernels.
     """
 
     classes: int  # K
-    training: bool = False  # whether `BatchNorm` takes its statistics from the batch
     patch: int = 4  # height and width
     width: int = 128  # channels
     layers: int = 2
@@ -35,10 +37,10 @@ class Mixer(nn.Module):
         x = inputs.reshape(batch, rows, self.patch, columns, self.patch, channels).swapaxes(2, 3)
         x = nn.Dense(self.width, use_bias=False)(x.reshape(batch, rows * columns, -1))
         for _ in range(self.layers):
-            mixed = self._mlp(BatchNorm(self.training)(x).swapaxes(1, 2), self.patch_hidden)
+            mixed = self._mlp(_norm()(x).swapaxes(1, 2), self.patch_hidden)
             x += mixed.swapaxes(1, 2)
-            x += self._mlp(BatchNorm(self.training)(x), self.channel_hidden)
-        return nn.Dense(self.classes, name="head")(BatchNorm(self.training)(x).mean(axis=1))
+            x += self._mlp(_norm()(x), self.channel_hidden)
+        return nn.Dense(self.classes, name="head")(_norm()(x).mean(axis=1))
 
     def _mlp(self, x: Array, hidden: int) -> Array:
         inner = nn.gelu(nn.Dense(hidden, use_bias=False)(x))

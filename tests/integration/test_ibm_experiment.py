@@ -28,6 +28,11 @@ def test_mask_methods_forget_nothing_and_leave_their_files(tmp_path):
     assert "What tasks keep of each layer, ibm" in page and "How far masks of tasks overlap, wsn" in page
 
 
+def test_permuted_pixels_are_no_images(tmp_path):
+    with pytest.raises(ValueError, match="network: got mixer; permuted pixels are no images"):
+        ibm.main([*SMOKE, "--network", "mixer", "--out", str(tmp_path)])
+
+
 @pytest.mark.parametrize(
     "options",
     [
