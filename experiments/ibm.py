@@ -31,8 +31,12 @@ from jaxcl.typing import Key, PyTree, bad_argument
 CARDS = {
     "--preset smoke": Card("1 min", "that it runs"),
     "--preset cpu": Card("not measured", "permuted digits"),
-    "--preset cpu --data mnist": Card("not measured", "20 permuted tasks"),
-    "--preset paper": Card("days, not measured", "Chen et al. 2023, table 1"),
+    "--preset cpu --data mnist": Card(
+        "not yet run whole",
+        "ten tasks, one seed, validation, 8 min: ACC % IBM 97.2 with 16 % of the weights a task, WSN 96.7 with 20, "
+        "PackNet 95.9, one network a task 97.5",
+    ),
+    "--preset paper": Card("not there yet", "Chen et al. 2023, table 1"),
 }
 Method = Literal["naive", "ewc", "packnet", "wsn", "ibm", "independent", "joint"]
 MASKED = ("packnet", "wsn", "ibm")
@@ -104,6 +108,8 @@ def preset(name: str, data: str) -> Config:
         return Config(
             **shared | {"seeds": 2}, limit=400, tasks=3, hidden=(32,), epochs=2, batch_size=32, refresh_every=5
         )
+    if name == "paper":
+        raise bad_argument("preset", name, "CIFAR-100, as published, cannot be read yet: pass cpu or smoke")
     if data == "mnist":
         return Config(**shared, tasks=20)
     if data == "cifar10":
