@@ -549,8 +549,8 @@ def test_a_factory_keeps_its_contract(name):
     assert signatures(factory()) == contract
 
 
-def test_a_strategy_has_two_members_that_are_no_functions():
-    assert set(naive(network)._fields) - set(STRATEGY) == {"refresh_every", "fresh_optimizer"}
+def test_a_strategy_has_three_members_that_are_no_functions():
+    assert set(naive(network)._fields) - set(STRATEGY) == {"refresh_every", "fresh_optimizer", "tasks"}
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import numpy as np
 import optax
 import pytest
 
-from jaxcl import continual
+from jaxcl import continual, masks
 
 pytestmark = pytest.mark.core
 
@@ -39,6 +39,14 @@ def test_a_task_that_is_not_told_is_an_error():
         run(continual.independent(methods.network, 2), optax.sgd(0.1), stream=methods.stream_of())
     with pytest.raises(ValueError, match="tasks: got 0"):
         continual.independent(methods.network, 0)
+
+
+def test_more_tasks_than_there_is_room_for_are_an_error():
+    with pytest.raises(ValueError, match="strategy: got one for 1 tasks; make it for 2, those of the stream"):
+        run(continual.independent(methods.network, 1), optax.sgd(0.1))
+    method = masks.packnet(lambda path: path == "first", 1, share=0.5, prune_after=1)
+    with pytest.raises(ValueError, match="strategy: got one for 1 tasks"):
+        run(continual.masked_network(method, methods.network), optax.sgd(0.1))
 
 
 @pytest.mark.parametrize("fresh", [False, True])

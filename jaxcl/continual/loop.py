@@ -150,6 +150,9 @@ def run_seeds(
             "keys, params, streams", f"{len(keys)}, {len(params)} and {len(streams)} of them", "pass one of each a seed"
         )
     _check_streams(streams)
+    if strategy.tasks is not None and len(streams[0].train_sets) > strategy.tasks:
+        stages = len(streams[0].train_sets)
+        raise bad_argument("strategy", f"one for {strategy.tasks} tasks", f"make it for {stages}, those of the stream")
     parts = 1 if mesh is None else mesh.shape[DATA]
     if batch_size % parts:
         raise bad_argument("batch_size", batch_size, f"pass a multiple of the mesh's data axis, {parts}")

@@ -49,6 +49,7 @@ class MaskMethod(NamedTuple):
     current: Callable[[Masked, PyTree], PyTree]
     # (masked, state) -> params as the task would keep them if it ended now, but for the rounding of scales
     bank: Callable[[PyTree], Bank]  # (state) -> what is kept
+    tasks: int  # T, how many the bank has room for
 
 
 def begin_bank(params: PyTree, covers: Callable[[str], bool], tasks: int) -> Bank:

@@ -133,7 +133,7 @@ def ib_masks(
             path: jnp.where(kept[path], weights[path] * noise.mean, 0) for path, noise in masked.scores.items()
         })  # fmt: skip
 
-    return MaskMethod(init, sample, protect, commit, select, current, lambda state: state.bank)
+    return MaskMethod(init, sample, protect, commit, select, current, lambda state: state.bank, tasks)
 
 
 def decomposition_ratio(features: ArrayLike, *, share: float = 0.97) -> Array:

@@ -85,4 +85,4 @@ def packnet(
     def select(masked: Masked, state: PackNetState, task: Array | int) -> PyTree:
         return masked_weights(masked.weights, state.bank, task)
 
-    return MaskMethod(init, sample, protect, commit, select, current, lambda state: state.bank)
+    return MaskMethod(init, sample, protect, commit, select, current, lambda state: state.bank, tasks)

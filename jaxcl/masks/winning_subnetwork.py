@@ -82,7 +82,7 @@ def winning_subnetwork(covers: Callable[[str], bool], tasks: int, *, sparsity: f
     def select(masked: Masked, state: WinningSubnetworkState, task: Array | int) -> PyTree:
         return masked_weights(masked.weights, state.bank, task)
 
-    return MaskMethod(init, sample, protect, commit, select, current, lambda state: state.bank)
+    return MaskMethod(init, sample, protect, commit, select, current, lambda state: state.bank, tasks)
 
 
 def masked_weights(weights: PyTree, bank: Bank, task: Array | int) -> PyTree:

@@ -76,6 +76,7 @@ class Strategy(NamedTuple):
     # (key, params, state) -> (params, state), after that pass
     refresh_every: int = 0  # steps; 0 is never
     fresh_optimizer: bool = False  # whether the optimizer's state begins anew with each task
+    tasks: int | None = None  # how many the state has room for; None is any number
 
 
 def does_nothing(strategy: Strategy, member: str) -> bool:

@@ -38,12 +38,11 @@ def masked_network(
     """Each task trains and keeps a sub-network of its own, by a method of `masks`; params are `masks.Masked`.
 
     They begin as ``method.init(key, network's parameters)[0]``; the optimizer, best `masks.separate_rates`, begins anew
-    with each task. The task
-    must be told at test time: a stream by domain takes ``stream._replace(task_known=True)``. Tasks that are not yet
-    committed are answered by the network as it would be kept if its task ended now.
+    with each task. The task must be told at test time: a stream by domain takes ``stream._replace(task_known=True)``.
+    Tasks that are not yet committed are answered by the network as it would be kept if its task ended now.
 
     Args:
-        method: `masks.ib_masks`, `masks.winning_subnetwork` or `masks.packnet`, for as many tasks as the stream has.
+        method: `masks.ib_masks`, `masks.winning_subnetwork` or `masks.packnet`, for the stream's tasks or more.
         apply: (params, inputs [B, ...]) -> logits [B, K] of the network.
         training_apply: the same in a training step, where batch normalisation takes its statistics from the batch; None
             takes `apply`.
@@ -118,7 +117,7 @@ def masked_network(
 
     strategy = Strategy(
         gradients_of(loss), predict, init, after_update=after_update, refresh=refresh, end_task=end_task,
-        refresh_every=refresh_every, fresh_optimizer=True,
+        refresh_every=refresh_every, fresh_optimizer=True, tasks=method.tasks,
     )  # fmt: skip
     return strategy._replace(observe=observe) if statistics else strategy  # without it a pass would be for nothing
 

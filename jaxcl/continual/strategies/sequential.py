@@ -78,7 +78,7 @@ def independent(apply: Apply, tasks: int, *, label_smoothing: float = 0.0) -> St
         return own
 
     return naive(apply, label_smoothing=label_smoothing)._replace(
-        predict=predict, init=init, begin_task=begin_task, end_task=end_task, fresh_optimizer=True
+        predict=predict, init=init, begin_task=begin_task, end_task=end_task, fresh_optimizer=True, tasks=tasks
     )
 
 
