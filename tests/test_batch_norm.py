@@ -1,5 +1,7 @@
 """Batch normalisation with a set of statistics a task, the networks that have it, and what their layers make."""
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -77,6 +79,25 @@ def test_networks_for_small_images(net, shapes):
         assert_close(outputs["params/Dense_0/kernel"][3, 2 * 8 + 5], patch)
     with pytest.raises(ValueError, match="inputs: got shape"):
         net.apply(params, IMAGES[0])
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        functools.partial(nets.AlexNet, 10, channels=(4, 5, 6), hidden=7),
+        functools.partial(nets.ResNet18, 10, width=4, normalisation="batch"),
+    ],
+    ids=["AlexNet", "ResNet18"],
+)
+def test_a_batchs_own_statistics_give_what_training_gives(make):
+    net, training = make(), make(training=True)
+    params = net.init(jax.random.key(0), IMAGES)
+    expected, statistics = jax.jit(
+        lambda params, x: (training.apply(params, x), nets.batch_statistics(training)(params, x))
+    )(params, IMAGES)
+    assert set(statistics) == {path for path in trees.leaves_by_path(params) if "BatchNorm" in path}
+    assert_close(jax.jit(net.apply)(trees.replace_leaves(params, statistics), IMAGES), expected, 1e-4)
+    assert np.abs(np.asarray(jax.jit(net.apply)(params, IMAGES)) - expected).max() > 0.1
 
 
 def test_alexnet_has_the_published_size():
