@@ -13,8 +13,6 @@ from helpers import assert_close
 from jaxcl import continual, masks, nets, trees
 from jaxcl.continual import Examples, streams
 
-pytestmark = pytest.mark.core
-
 IMAGES = np.random.default_rng(0).normal(2, 3, size=(12, 32, 32, 3)).astype(np.float32)
 
 

@@ -9,8 +9,6 @@ import pytest
 
 from jaxcl import continual, masks
 
-pytestmark = pytest.mark.core
-
 
 def run(strategy, tx, *, stream=None, **options):
     return continual.run(
