@@ -49,7 +49,7 @@ class Config(RunConfig):
 
     data: Literal["digits", "mnist", "cifar10"] = "digits"
     """Images; mnist and cifar10 lie in the folder that JAXCL_DATA names."""
-    network: Literal["mlp", "mixer", "lenet5", "alexnet"] = "mlp"
+    network: Literal["mlp", "mixer", "lenet5", "alexnet", "resnet18"] = "mlp"
     """mlp goes with every stream; the others see images, and so go with rotated and split ones."""
     stream: Literal["permuted", "rotated", "split"] = "permuted"
     """What a task is."""
@@ -186,11 +186,16 @@ def _network(config: Config) -> Network:
         raise bad_argument("network", config.network, "permuted pixels are no images: pass mlp, or another stream")
     if config.network == "alexnet":
         return Network(nets.AlexNet(10), nets.AlexNet(10, training=True), "head")
+    if config.network == "resnet18":
+        resnet = partial(nets.ResNet18, 10, normalisation="batch")
+        return Network(resnet(), resnet(training=True), "Dense_0")
     plain = nets.Mixer(10) if config.network == "mixer" else nets.LeNet5(10)
     return Network(plain, plain, "head", products=config.network == "mixer")
 
 
 def _streams(config: Config, keys: Sequence[Key]) -> list[Stream]:
+    if config.stream == "split" and 10 % config.tasks:
+        raise bad_argument("tasks", config.tasks, "pass a divisor of 10, the classes that are split")
     split = load_features(config.data, validation=config.validation, limit=config.limit)
     if config.stream == "permuted":
         return [streams.permuted(key, *split, tasks=config.tasks)._replace(task_known=True) for key in keys]

@@ -27,11 +27,9 @@ def select_paths(tree: PyTree, predicate: Callable[[str], bool]) -> PyTree:
         lambda path, _: bool(predicate(jax.tree_util.keystr(path, simple=True, separator="/"))), tree
     )
     if not any(jax.tree.leaves(selected)):
-        paths = [
-            jax.tree_util.keystr(path, simple=True, separator="/")
-            for path, _ in jax.tree_util.tree_flatten_with_path(tree)[0]
-        ]
-        raise bad_argument("predicate", f"no match among {paths}", "write one that holds for at least one path")
+        raise bad_argument(
+            "predicate", f"no match among {list(leaves_by_path(tree))}", "write one that holds for at least one path"
+        )
     return selected
 
 

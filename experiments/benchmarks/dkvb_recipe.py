@@ -32,10 +32,8 @@ def main(argv: Sequence[str] | None = None) -> float:
     options = parser.parse_args(argv)
     run = ["--preset", "paper", "--data", "cifar10", "--methods", "dkvb", "--seeds", "1"]
     document = dkvb.main([*run, "--out", options.out, "--features", str(options.features)])
-    ours, steps = (
-        document["costs"]["dkvb"]["seconds"]["mean"],
-        TASKS * usual.epochs * -(-EXAMPLES_A_TASK // usual.batch_size),
-    )
+    ours = document["costs"]["dkvb"]["seconds"]["mean"]
+    steps = TASKS * usual.epochs * -(-EXAMPLES_A_TASK // usual.batch_size)
     step, seconds = dense_rule("full"), []
     step()
     for _ in range(TIMED):

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxcl.trees import leaves_by_path, pick, replace_leaves, select_paths
+from jaxcl.trees import commit, leaves_by_path, pick, replace_leaves, select_paths
 from jaxcl.typing import Array, Key, PyTree, bad_argument, check_between
 
 FREE = 255  # in place of a task's number: no task has claimed the weight
@@ -94,9 +94,9 @@ def record(bank: Bank, task: Array | int, kept: Mapping[str, Array], params: PyT
     leaves = leaves_by_path(params)
     number = jnp.asarray(task, jnp.uint8)
     return Bank(
-        {path: masks.at[task].set(jnp.packbits(kept[path])) for path, masks in bank.masks.items()},
+        commit(bank.masks, task, {path: jnp.packbits(kept[path]) for path in bank.masks}),
         {path: jnp.where(kept[path] & (owner == FREE), number, owner) for path, owner in bank.owner.items()},
-        {path: own.at[task].set(leaves[path]) for path, own in bank.own.items()},
+        commit(bank.own, task, {path: leaves[path] for path in bank.own}),
     )
 
 

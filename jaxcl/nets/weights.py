@@ -5,10 +5,10 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxcl.trees import leaves_by_path, replace_leaves
 from jaxcl.typing import Array, PyTree, bad_argument, check_rank, check_width
 
 _LISTED = 10  # names of a kind that an error shows
@@ -76,8 +76,7 @@ def load_by_name(
         ValueError: tensors are missing, unexpected or of a wrong shape, or `wanted` and `template` have different
             paths; one error lists them all.
     """
-    leaves, structure = jax.tree_util.tree_flatten_with_path(template)
-    shapes = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+    shapes = leaves_by_path(template)
     used = {name for source in wanted.values() for name in source.names}
     faults = {
         "missing": [*(used - tensors.keys())],
@@ -104,7 +103,7 @@ def load_by_name(
     if any(faults.values()):
         said = "; ".join(f"{kind}: {_listed(names)}" for kind, names in faults.items() if names)
         raise bad_argument("tensors", said, "pass the file and the sizes that belong to each other")
-    return jax.tree.unflatten(structure, [params[path] for path in shapes])
+    return replace_leaves(template, params)
 
 
 def check_images(images: Array, preprocessing: str = "the weights' preprocessing") -> None:

@@ -1,4 +1,4 @@
-"""Figures of mask methods: what tasks keep of each layer, how far their masks overlap, and how ratios change."""
+"""Figures of mask methods: what tasks keep of each layer, and how far their masks overlap."""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING

@@ -31,6 +31,8 @@ def test_mask_methods_forget_nothing_and_leave_their_files(tmp_path):
 def test_permuted_pixels_are_no_images(tmp_path):
     with pytest.raises(ValueError, match="network: got mixer; permuted pixels are no images"):
         ibm.main([*SMOKE, "--network", "mixer", "--out", str(tmp_path)])
+    with pytest.raises(ValueError, match="tasks: got 3; pass a divisor of 10"):
+        ibm.main([*SMOKE, "--stream", "split", "--out", str(tmp_path / "split")])
 
 
 @pytest.mark.parametrize(

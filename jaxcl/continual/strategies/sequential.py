@@ -59,7 +59,7 @@ def independent(apply: Apply, tasks: int, *, label_smoothing: float = 0.0) -> St
     check_at_least("tasks", tasks, 1)
 
     def init(key: Key, params: PyTree, batch: Batch) -> Networks:
-        return Networks(jax.tree.map(jnp.copy, params), bank(params, tasks), jnp.int32(0))
+        return Networks(params, bank(params, tasks), jnp.int32(0))
 
     def begin_task(key: Key, params: PyTree, state: Networks, task: Array) -> tuple[PyTree, Networks]:
         return state.first, state
