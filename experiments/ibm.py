@@ -23,6 +23,7 @@ import optax
 from experiments.card import Card
 from experiments.common import Run, RunConfig, over_seeds, parse_command
 from experiments.features import load_features
+from experiments.sweep import run_grid
 from jaxcl import continual, data, masks, nets, report
 from jaxcl.continual import Strategy, Stream, streams
 from jaxcl.masks import MaskMethod
@@ -61,6 +62,8 @@ class Config(RunConfig):
     """Test on a fifth of the training set, held out, instead of the test set: for choosing settings."""
     limit: int | None = None
     """Use only the first so many training examples and a fifth as many test examples."""
+    sweep: tuple[str, ...] = ()
+    """A grid: settings and their values, as ibm_penalty=0.003,0.01 ibm_travel=5,10. Each point is a run."""
 
     hidden: tuple[int, ...] = (300, 100)
     """Widths of the hidden layers of an mlp."""
@@ -118,8 +121,12 @@ def preset(name: str, data: str) -> Config:
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    """Runs the experiment; returns what is in metrics.json."""
-    config = parse_command(preset, data=tuple(SHAPES), argv=argv, description=__doc__ or "")
+    """Runs the experiment, or its last point in a sweep; returns what is in metrics.json."""
+    return run_grid(parse_command(preset, data=tuple(SHAPES), argv=argv, description=__doc__ or ""), _run)[-1]
+
+
+def _run(config: Config) -> dict[str, Any]:
+    """Trains and tests every method in the folder of the run; returns what is in metrics.json."""
     run = Run(config, "ibm")
     if document := run.finished():
         return document

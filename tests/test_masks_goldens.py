@@ -30,7 +30,7 @@ def noise_of(arrays):
 @pytest.fixture
 def drawn(monkeypatch):
     """Puts given numbers in place of what `noisy` draws."""
-    return lambda values: monkeypatch.setattr(noise.jax.random, "normal", lambda *_: jnp.asarray(values))
+    return lambda values: monkeypatch.setattr(noise, "standard_normal", lambda *_: jnp.asarray(values))
 
 
 def penalty(own, arrays, options):
