@@ -22,12 +22,12 @@ import optax
 
 from experiments.card import Card
 from experiments.common import Run, RunConfig, over_seeds, parse_command
-from experiments.features import load_features
+from experiments.images import NAMES, load_images, read_images
 from experiments.sweep import run_grid
 from jaxcl import continual, data, masks, nets, report
 from jaxcl.continual import Strategy, Stream, streams
 from jaxcl.masks import MaskMethod
-from jaxcl.typing import Key, PyTree, bad_argument
+from jaxcl.typing import Array, Key, PyTree, bad_argument
 
 CARDS = {
     "--preset smoke": Card("1 min", "that it runs"),
@@ -41,21 +41,25 @@ CARDS = {
 }
 Method = Literal["naive", "ewc", "packnet", "wsn", "ibm", "independent", "joint"]
 MASKED = ("packnet", "wsn", "ibm")
-SHAPES = {"digits": (8, 8, 1), "mnist": (28, 28, 1), "cifar10": (32, 32, 3)}
 
 
 @dataclasses.dataclass(frozen=True)
 class Config(RunConfig):
     """Settings of the comparison of mask methods; the defaults shown are those of the preset."""
 
-    data: Literal["digits", "mnist", "cifar10"] = "digits"
-    """Images; mnist and cifar10 lie in the folder that JAXCL_DATA names."""
+    data: str = "digits"
+    """digits (of scikit-learn), mnist, cifar10 or cifar100 (in the folder that JAXCL_DATA names), tinyimagenet:PATH (as
+    it is distributed), folder:PATH (images in PATH/train/CLASS and PATH/test/CLASS), or tfds:NAME."""
+    size: int = 32
+    """Height and width to which the images of a folder are brought."""
+    augment: bool = False
+    """Crop training images at random, after padding by 4 pixels, and mirror half of them."""
     network: Literal["mlp", "mixer", "lenet5", "alexnet", "resnet18"] = "mlp"
     """mlp goes with every stream; the others see images, and so go with rotated and split ones."""
     stream: Literal["permuted", "rotated", "split"] = "permuted"
     """What a task is."""
     tasks: int = 10
-    """How many; split ones have 10 / tasks classes each."""
+    """How many; split ones have so many equal parts of the classes."""
     methods: tuple[Method, ...] = get_args(Method)
     """Which methods to run."""
     validation: bool = False
@@ -122,7 +126,7 @@ def preset(name: str, data: str) -> Config:
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Runs the experiment, or its last point in a sweep; returns what is in metrics.json."""
-    return run_grid(parse_command(preset, data=tuple(SHAPES), argv=argv, description=__doc__ or ""), _run)[-1]
+    return run_grid(parse_command(preset, data=NAMES, argv=argv, description=__doc__ or ""), _run)[-1]
 
 
 def _run(config: Config) -> dict[str, Any]:
@@ -132,8 +136,10 @@ def _run(config: Config) -> dict[str, Any]:
         return document
     keys = [jax.random.split(jax.random.key(seed), 4) for seed in range(config.seeds)]
     tasks = _streams(config, [key[0] for key in keys])
-    network = _network(config)
-    first = jnp.zeros((1, *tasks[0].train.inputs.shape[1:]))
+    prepare, train = tasks[0].prepare, tasks[0].train
+    assert prepare is not None  # streams here have one
+    network = _network(config, int(np.max(train.labels)) + 1)
+    first = prepare(jnp.asarray(train.inputs[np.arange(1)]))
     params = [network.module.init(key[1], first) for key in keys]
     steps = config.epochs * -(-max(len(part.rows) for part in tasks[0].train_sets) // config.batch_size)
     costs: dict[str, list[dict[str, float]]] = {}
@@ -185,38 +191,47 @@ class Network(NamedTuple):
     products: bool = False  # whether it has no convolutions, which are slow in a compiled loop on a CPU
 
 
-def _network(config: Config) -> Network:
+def _network(config: Config, classes: int) -> Network:
     if config.network == "mlp":
-        mlp = nets.MLP(config.hidden, classes=10)
+        mlp = nets.MLP(config.hidden, classes)
         return Network(mlp, mlp, f"Dense_{len(config.hidden)}", products=True)
     if config.stream == "permuted":
         raise bad_argument("network", config.network, "permuted pixels are no images: pass mlp, or another stream")
     if config.network == "alexnet":
-        return Network(nets.AlexNet(10), nets.AlexNet(10, training=True), "head")
+        return Network(nets.AlexNet(classes), nets.AlexNet(classes, training=True), "head")
     if config.network == "resnet18":
-        resnet = partial(nets.ResNet18, 10, normalisation="batch")
+        resnet = partial(nets.ResNet18, classes, normalisation="batch")
         return Network(resnet(), resnet(training=True), "Dense_0")
-    plain = nets.Mixer(10) if config.network == "mixer" else nets.LeNet5(10)
+    plain = nets.Mixer(classes) if config.network == "mixer" else nets.LeNet5(classes)
     return Network(plain, plain, "head", products=config.network == "mixer")
 
 
 def _streams(config: Config, keys: Sequence[Key]) -> list[Stream]:
-    if config.stream == "split" and 10 % config.tasks:
-        raise bad_argument("tasks", config.tasks, "pass a divisor of 10, the classes that are split")
-    split = load_features(config.data, validation=config.validation, limit=config.limit)
+    split = load_images(config.data, size=config.size, validation=config.validation, limit=config.limit)
+    split = data.Split(read_images(split.train, "training images"), read_images(split.test, "test images"))
     if config.stream == "permuted":
-        return [streams.permuted(key, *split, tasks=config.tasks)._replace(task_known=True) for key in keys]
-    if config.network != "mlp" or config.stream == "rotated":
-        shape = SHAPES[config.data]
-        split = data.Split(*(part._replace(inputs=np.asarray(part.inputs).reshape(-1, *shape)) for part in split))
-    if config.stream == "rotated":
-        degrees = list(np.linspace(0, 180, config.tasks, endpoint=False))
-        return [streams.rotated(*split, degrees=degrees)._replace(task_known=True)] * len(keys)
-    made = [streams.task_incremental(key, *split, classes_per_task=10 // config.tasks) for key in keys]
-    if config.network == "mlp":
-        return made
-    normalise = partial(data.normalise, data.channel_statistics(split.train))
-    return [stream._replace(prepare=normalise) for stream in made]
+        made = [streams.permuted(key, *split, tasks=config.tasks) for key in keys]
+    elif config.stream == "rotated":
+        made = [streams.rotated(*split, degrees=list(np.linspace(0, 180, config.tasks, endpoint=False)))] * len(keys)
+    else:
+        classes = int(np.max(split.train.labels)) + 1
+        if classes % config.tasks:
+            raise bad_argument("tasks", config.tasks, f"pass a divisor of {classes}, the classes that are split")
+        made = [streams.task_incremental(key, *split, classes_per_task=classes // config.tasks) for key in keys]
+    prepare = partial(_prepare, data.channel_statistics(split.train))
+    augment = _augment if config.augment else None
+    return [stream._replace(task_known=True, prepare=prepare, augment=augment) for stream in made]
+
+
+def _prepare(statistics: data.Statistics, images: Array) -> Array:
+    """Normalised images [B, H, W, channels]."""
+    normalised = data.normalise(statistics, images)
+    return normalised if normalised.ndim == 4 else normalised[..., None]
+
+
+def _augment(key: Key, images: Array) -> Array:
+    crop_key, flip_key = jax.random.split(key)
+    return data.random_flip(flip_key, data.random_crop(crop_key, images, padding=4))
 
 
 def _masked(config: Config, name: Method, network: Network, steps: int) -> tuple[MaskMethod, Strategy, float]:

@@ -21,11 +21,11 @@ import optax
 
 from experiments.card import Card
 from experiments.common import parse_command
+from experiments.images import NAMES, load_images
 from experiments.tokenizers import Material, TokenizerConfig, run
-from jaxcl import data, nets, reconstruction, report
-from jaxcl.data.lazy import take
+from jaxcl import nets, reconstruction, report
 from jaxcl.tokenizer import Adversary, Network
-from jaxcl.typing import Array, PyTree, bad_argument, check_at_least
+from jaxcl.typing import Array, PyTree, bad_argument
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -39,7 +39,6 @@ CARDS = {
     "--preset paper --data folder:PATH": Card("not measured; it takes an accelerator", "SimVQ: all codes used"),
 }
 
-SETS = ("digits", "cifar10", "mnist", "folder", "tfds")
 CPU_ROWS = (
     *(f"{method}:8192" for method in ("vq", "ema_vq", "factorised_vq", "fsq", "lfq", "simvq")),
     "vq:65536", "simvq:65536", "simvq:262144",
@@ -53,8 +52,8 @@ class Config(TokenizerConfig):
     """Settings of the image experiment; the defaults shown are those of the preset."""
 
     data: str = "digits"
-    """digits (of scikit-learn), mnist or cifar10 (packs in the folder that JAXCL_DATA names), folder:PATH (images in
-    PATH/train/CLASS and PATH/test/CLASS), or tfds:NAME (TensorFlow Datasets)."""
+    """digits (of scikit-learn), mnist, cifar10 or cifar100 (in the folder that JAXCL_DATA names), tinyimagenet:PATH (as
+    it is distributed), folder:PATH (images in PATH/train/CLASS and PATH/test/CLASS), or tfds:NAME."""
     size: int = 32
     """Height and width to which the images of a folder are brought."""
     network: Literal["patch", "conv"] = "patch"
@@ -95,26 +94,6 @@ def preset(name: Any, data: str) -> Config:
     return config
 
 
-def images_of(config: Config) -> data.Split:
-    """The images, [N, H, W] or [N, H, W, C] uint8, cut as the configuration says."""
-    kind, _, name = config.data.partition(":")
-    if kind == "folder":
-        split = data.image_folder(name, size=(config.size, config.size))
-    elif kind == "tfds":
-        split = data.from_tfds(name)
-    else:
-        split = data.load(kind)  # type: ignore[arg-type]  # it says which there are
-    if config.validation:
-        split = data.Split(*data.hold_out(split.train, share=0.2))
-    if config.limit is not None:
-        check_at_least("limit", config.limit, 1)
-        parts = zip(split, (config.limit, -(-config.limit // 5)), strict=True)
-        split = data.Split(
-            *(part._replace(inputs=take(part.inputs, np.arange(min(count, len(part.inputs))))) for part, count in parts)
-        )
-    return split
-
-
 def networks_of(config: Config, channels: int) -> tuple[Network, Network]:
     """Encoder and decoder of images with so many channels."""
     if config.network == "patch":
@@ -134,7 +113,7 @@ def networks_of(config: Config, channels: int) -> tuple[Network, Network]:
 
 def material_of(config: Config) -> Material:
     """What there is to code, as the configuration says."""
-    split = images_of(config)
+    split = load_images(config.data, size=config.size, validation=config.validation, limit=config.limit)
     top = 16.0 if config.data == "digits" else 255.0
     channels = split.train.inputs.shape[3] if len(split.train.inputs.shape) == 4 else 1
     encoder, decoder = networks_of(config, channels)
@@ -240,7 +219,7 @@ def figures(shown: Mapping[str, np.ndarray]) -> dict[str, "Figure"]:
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Runs the experiment; returns what is in metrics.json."""
-    config = parse_command(preset, data=SETS, argv=argv, description=__doc__ or "")
+    config = parse_command(preset, data=NAMES, argv=argv, description=__doc__ or "")
     return run(config, "simvq_image", material_of(config))
 
 

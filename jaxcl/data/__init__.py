@@ -7,10 +7,10 @@ with rows to ask for will do (`typing.RandomAccess`), and image folders and data
 
 from jaxcl.data.augment import random_crop, random_flip
 from jaxcl.data.features import compute_features
-from jaxcl.data.folders import image_folder
+from jaxcl.data.folders import image_folder, tiny_imagenet
 from jaxcl.data.hugging_face import from_hugging_face
 from jaxcl.data.normalisation import Statistics, channel_statistics, normalise
-from jaxcl.data.packs import cifar10, cl_text, fsdd, mnist
+from jaxcl.data.packs import cifar10, cifar100, cl_text, fsdd, mnist
 from jaxcl.data.sources import Split, digits, flat_features, hold_out, load
 from jaxcl.data.text import tokenize
 from jaxcl.data.tfds import from_tfds
@@ -20,6 +20,7 @@ __all__ = [
     "Statistics",
     "channel_statistics",
     "cifar10",
+    "cifar100",
     "cl_text",
     "compute_features",
     "digits",
@@ -34,5 +35,6 @@ __all__ = [
     "normalise",
     "random_crop",
     "random_flip",
+    "tiny_imagenet",
     "tokenize",
 ]

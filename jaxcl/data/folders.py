@@ -1,4 +1,4 @@
-"""Folders of image files, a folder a class, decoded when they are asked for."""
+"""Folders of image files, decoded when they are asked for: a folder a class, or Tiny ImageNet as it is distributed."""
 
 import os
 from collections.abc import Sequence
@@ -38,16 +38,43 @@ def image_folder(path: str | Path, *, size: tuple[int, int]) -> Split:
             or, when it is asked for, a file cannot be decoded or has more than 8 bits a channel.
         ImportError: Pillow is missing.
     """
-    try:
-        import PIL  # noqa: F401, PLC0415
-    except ImportError as error:
-        raise ImportError('image folders need Pillow: pip install "jaxcl[data]"') from error
+    _check_pillow()
     if len(size) != 2:
         raise bad_argument("size", size, "pass (height, width)")
     check_at_least("size", min(size), 1)
     classes = _names(Path(path) / "train")
     parts = [_part(Path(path) / part, classes, size) for part in ("train", "test")]
     return Split(*parts)
+
+
+def tiny_imagenet(path: str | Path) -> Split:
+    """Tiny ImageNet as it is distributed, lazily: [N, 64, 64, 3] uint8, labels [N] int32 below 200.
+
+    Read are ``train/WNID/images/*.JPEG`` and, as test examples, ``val/images`` with ``val/val_annotations.txt``; those
+    in ``test`` have no labels. Classes are numbered in the order of ``wnids.txt``.
+
+    Args:
+        path: the unpacked folder.
+
+    Raises:
+        ValueError: a file or folder is missing, a line of text malformed, or, when it is asked for, an image damaged.
+        ImportError: Pillow is missing.
+    """
+    _check_pillow()
+    root = Path(path)
+    classes = _lines(root / "wnids.txt")
+    train = [
+        (str(root / "train" / name / "images" / image), number)
+        for number, name in enumerate(classes)
+        for image in _names(root / "train" / name / "images")
+    ]
+    test = []
+    for number, line in enumerate(_lines(root / "val" / "val_annotations.txt")):
+        image, name = (*line.split("\t"), "", "")[:2]
+        if Path(image).name != image or name not in classes:
+            raise bad_argument("path", f"val_annotations.txt, line {number + 1}: {line!r}", "copy the file again")
+        test.append((str(root / "val" / "images" / image), classes.index(name)))
+    return Split(*(_examples([file for file, _ in part], [n for _, n in part], (64, 64)) for part in (train, test)))
 
 
 def rgb(image: "PillowImage") -> "PillowImage":
@@ -67,8 +94,30 @@ def _part(folder: Path, classes: list[str], size: tuple[int, int]) -> Examples:
                 raise bad_argument("path", folder / name / image, f"only {', '.join(ENDINGS)} may lie there: move it")
         files += [str(folder / name / image) for image in images]
         labels += [classes.index(name)] * len(images)
+    return _examples(files, labels, size)
+
+
+def _examples(files: list[str], labels: list[int], size: tuple[int, int]) -> Examples:
     shape = (len(files), *size, 3)
     return Examples(Lazy(partial(_read, files, size), shape, np.dtype(np.uint8)), np.array(labels, np.int32))
+
+
+def _check_pillow() -> None:
+    try:
+        import PIL  # noqa: F401, PLC0415
+    except ImportError as error:
+        raise ImportError('image folders need Pillow: pip install "jaxcl[data]"') from error
+
+
+def _lines(file: Path) -> list[str]:
+    """The lines of a text file, without those that are empty."""
+    try:
+        lines = [line for line in file.read_text().splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise bad_argument("path", file, "it must be a text file of Tiny ImageNet: copy it again") from error
+    if not lines:
+        raise bad_argument("path", file, "the file is empty: copy it again")
+    return lines
 
 
 def _names(folder: Path) -> list[str]:

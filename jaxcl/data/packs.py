@@ -1,4 +1,7 @@
-"""Readers of the npz packs in the folder that ``JAXCL_DATA`` names: no pickles, one clear error for a bad file."""
+"""Readers of the folder that ``JAXCL_DATA`` names: npz packs, and CIFAR-100 in the binary version of its authors.
+
+Nothing is unpickled, and a bad file gives one clear error.
+"""
 
 import io
 import os
@@ -11,6 +14,8 @@ import numpy as np
 
 from jaxcl.continual.streams import Examples
 from jaxcl.typing import bad_argument, check_choice
+
+_CIFAR100_ROW = 2 + 3 * 32 * 32  # bytes: coarse label, fine label, then red, green and blue, each row by row
 
 
 class Clips(NamedTuple):
@@ -59,6 +64,25 @@ def cifar10() -> tuple[Examples, Examples]:
     return decode("train"), decode("test")
 
 
+def cifar100() -> tuple[Examples, Examples]:
+    """CIFAR-100, (train, test): 50,000 and 10,000 images [N, 32, 32, 3] uint8, fine labels [N] int32 below 100.
+
+    Its binary version, unpacked: the folder ``cifar-100-binary``.
+    """
+
+    def read(name: str) -> Examples:
+        content = np.fromfile(_path(f"cifar-100-binary/{name}"), np.uint8)
+        if not len(content) or len(content) % _CIFAR100_ROW:
+            raise _malformed(name, f"{len(content)} bytes, which are no rows of labels and images")
+        rows = content.reshape(-1, _CIFAR100_ROW)
+        if (rows[:, :2] >= (20, 100)).any():
+            raise _malformed(name, "labels that are no classes")
+        images = rows[:, 2:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+        return Examples(np.ascontiguousarray(images), rows[:, 1].astype(np.int32))
+
+    return read("train.bin"), read("test.bin")
+
+
 def fsdd() -> tuple[Clips, Clips]:
     """The Free Spoken Digit Dataset, (train, test) as officially split: 2,700 and 300 clips at 8 kHz."""
     pack = _read("fsdd.npz")
@@ -93,13 +117,18 @@ def cl_text(task: str) -> tuple[Texts, Texts]:
     return part("train"), part("test")
 
 
-def _read(name: str) -> dict[str, np.ndarray]:
+def _path(name: str) -> Path:
     folder = os.environ.get("JAXCL_DATA")
     if not folder:
         raise bad_argument("JAXCL_DATA", "no such environment variable", f"set it to the folder that holds {name}")
     path = Path(folder) / name
     if not path.is_file():
         raise bad_argument("JAXCL_DATA", folder, f"set it to a folder that holds {name}")
+    return path
+
+
+def _read(name: str) -> dict[str, np.ndarray]:
+    path = _path(name)
     try:
         with path.open("rb") as file, np.lib.npyio.NpzFile(file, allow_pickle=False) as pack:
             return {key: pack[key] for key in pack.files}

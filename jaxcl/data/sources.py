@@ -1,6 +1,6 @@
 """Labelled image sets as splits, and what one does to a split before training."""
 
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 
@@ -9,7 +9,7 @@ from jaxcl.data import packs
 from jaxcl.data.lazy import read_all, take
 from jaxcl.typing import RandomAccess, check_between, check_choice, check_labels
 
-Name = Literal["digits", "mnist", "cifar10"]
+Name = Literal["digits", "mnist", "cifar10", "cifar100"]
 
 
 class Split(NamedTuple):
@@ -23,13 +23,12 @@ def load(name: Name) -> Split:
     """The image set of that name, images [N, H, W] or [N, H, W, 3] in uint8 (digits: 0 to 16) and labels [N] in int32.
 
     Raises:
-        ValueError: no such set; or `JAXCL_DATA` is unset, or the pack in it is missing or malformed.
+        ValueError: no such set; or `JAXCL_DATA` is unset, or the pack or folder in it is missing or malformed.
     """
-    check_choice("name", name, ("digits", "mnist", "cifar10"))
+    check_choice("name", name, get_args(Name))
     if name == "digits":
         return digits()
-    train, test = packs.mnist() if name == "mnist" else packs.cifar10()
-    return Split(train, test)
+    return Split(*{"mnist": packs.mnist, "cifar10": packs.cifar10, "cifar100": packs.cifar100}[name]())
 
 
 def digits() -> Split:
