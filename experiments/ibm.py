@@ -9,10 +9,10 @@ over the number of steps a task has, so that the same settings serve short and l
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import flax.linen as nn
 import jax
@@ -26,8 +26,11 @@ from experiments.images import NAMES, load_images, read_images
 from experiments.sweep import run_grid
 from jaxcl import continual, data, masks, nets, report
 from jaxcl.continual import Strategy, Stream, streams
-from jaxcl.masks import MaskMethod
+from jaxcl.masks import Bank, Committed, MaskMethod, TaskCost
 from jaxcl.typing import Array, Key, PyTree, bad_argument
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 CARDS = {
     "--preset smoke": Card("1 min", "that it runs"),
@@ -142,7 +145,7 @@ def _run(config: Config) -> dict[str, Any]:
     first = prepare(jnp.asarray(train.inputs[np.arange(1)]))
     params = [network.module.init(key[1], first) for key in keys]
     steps = config.epochs * -(-max(len(part.rows) for part in tasks[0].train_sets) // config.batch_size)
-    costs: dict[str, list[dict[str, float]]] = {}
+    banks: dict[str, list[Bank]] = {}  # of each method with masks, one a seed
     for name in config.methods:
         of_method = [streams.joint(stream) for stream in tasks] if name == "joint" else tasks
         tx: optax.GradientTransformation = optax.adam(config.learning_rate)
@@ -159,27 +162,94 @@ def _run(config: Config) -> dict[str, Any]:
         )  # fmt: skip
         if name in MASKED:
             states = [result.strategy_state.of_method for result in run.results[name]]
-            costs[name] = [_costs(config, name, seed, method, state) for seed, state in enumerate(states)]
-            bank = method.bank(states[0])
-            run.figures |= {
-                f"What tasks keep of each layer, {name} (first seed)": report.weight_usage_bars(
-                    masks.weight_usage(bank, config.tasks)
-                ),
-                f"How far masks of tasks overlap, {name} (first seed)": report.mask_overlap_map(
-                    masks.mask_overlap(bank, config.tasks)
-                ),
-            }
-    run.findings["masks"] = {
-        name: over_seeds(**{part: [found[part] for found in of_seeds] for part in of_seeds[0]})
-        for name, of_seeds in costs.items()
+            banks[name] = [method.bank(state) for state in states]
+            if name == "ibm":
+                run.figures |= _figures_of_layers(states[0].committed)
+    if banks:
+        _tell_of_masks(run, config, banks)
+    return run.finish()
+
+
+def _tell_of_masks(run: Run, config: Config, banks: Mapping[str, Sequence[Bank]]) -> None:
+    """Writes the masks to files, prints what they cost, and adds that and its figures to the report."""
+    stored = {
+        name: [
+            masks.save_bank(config.out / "masks" / f"{name}_{seed}.masks", bank, config.tasks)
+            for seed, bank in enumerate(of_method)
+        ]
+        for name, of_method in banks.items()
     }
     rows = [["method", "weights a task %", "all tasks together %", "bits a weight and task", "as WSN stores masks"]]
-    for name, of_method in run.findings["masks"].items():
-        shares = (f"{100 * of_method[part]['mean']:.1f}" for part in ("kept_by_a_task", "kept_by_any"))
-        rows.append([name, *shares, *(f"{of_method[part]['mean']:.3f}" for part in ("bits", "huffman_bits"))])
-    if len(rows) > 1:
-        run.tell(report.text_table(rows))
-    return run.finish()
+    for name, of_method in banks.items():
+        found = [_shares(bank, costs) for bank, costs in zip(of_method, stored[name], strict=True)]
+        run.findings.setdefault("masks", {})[name] = over = over_seeds(
+            **{part: [shares[part] for shares in found] for part in found[0]}
+        )
+        shares = (f"{100 * over[part]['mean']:.1f}" for part in ("kept_by_a_task", "kept_by_any"))
+        rows.append([name, *shares, *(f"{over[part]['mean']:.3f}" for part in ("bits", "huffman_bits"))])
+    run.tell(report.text_table(rows))
+    numbers = np.arange(1, config.tasks + 1)
+    first = {name: of_method[0] for name, of_method in banks.items()}
+    run.figures |= {
+        "Weights with masks that are still free (first seed)": report.line_plot(
+            {name: np.array([numbers, 100 * _usage(bank)[:, 2]]) for name, bank in first.items()},
+            "after task", "% of weights",
+        ),
+        "What a task adds to the file of masks: masks and scales (first seed)": report.line_plot(
+            {name: np.array([numbers, [cost.masks / 1000 for cost in stored[name][0]]]) for name in first},
+            "task", "kB",
+        ),
+    }  # fmt: skip
+    for name, bank in first.items():
+        run.figures |= {
+            f"What tasks keep of each layer, {name} (first seed)": report.weight_usage_bars(
+                masks.weight_usage(bank, config.tasks)
+            ),
+            f"How far masks of tasks overlap, {name} (first seed)": report.mask_overlap_map(
+                masks.mask_overlap(bank, config.tasks)
+            ),
+        }
+
+
+def _usage(bank: Bank) -> np.ndarray:
+    """[T, 3]: of all weights that have masks, the shares new to a task, re-used and still free."""
+    sizes = np.array([owner.size for owner in bank.owner.values()], float)
+    of_leaves = masks.weight_usage(bank, len(next(iter(bank.masks.values()))))
+    return np.tensordot(sizes / sizes.sum(), np.stack(list(of_leaves.values())), 1)
+
+
+def _shares(bank: Bank, stored: Sequence[TaskCost]) -> dict[str, float]:
+    """Of all weights that have masks: shares kept, and bits that a task costs, in the mean."""
+    new, reused, free = _usage(bank).T
+    weights = sum(owner.size for owner in bank.owner.values())
+    return {
+        "kept_by_a_task": float((new + reused).mean()),
+        "reused_by_a_task": float(reused.mean()),
+        "kept_by_any": float(1 - free[-1]),
+        "bits": 8 * float(np.mean([cost.masks for cost in stored])) / weights,
+        "own_bytes": float(np.mean([cost.own for cost in stored])),
+        "huffman_bits": masks.huffman_bits(bank, len(new)) / len(new),
+    }
+
+
+def _figures_of_layers(committed: Committed) -> "dict[str, Figure]":
+    """Of IBM's layers at the end of each task: what their penalty counted, and the information that was kept."""
+
+    def lines(values: Mapping[str, Array], label: str, scale: float) -> "Figure":
+        return report.line_plot(
+            {path: np.array([np.arange(1, len(of_tasks) + 1), scale * np.asarray(of_tasks)])
+             for path, of_tasks in values.items()},
+            "task", label,
+        )  # fmt: skip
+
+    return {
+        "IBM's layer ratios: components of 97 % of the features over channels (first seed)": lines(
+            committed.ratios, "ratio", 1.0
+        ),
+        "Information that IBM's tasks keep of each layer, at most (first seed)": lines(
+            committed.information, "kbit", 1e-3 / np.log(2)
+        ),
+    }
 
 
 class Network(NamedTuple):
@@ -268,24 +338,6 @@ def _plain(config: Config, name: Method, network: Network) -> Strategy:
     if name == "independent":
         return continual.independent(apply, config.tasks)
     return continual.naive(apply)
-
-
-def _costs(config: Config, name: str, seed: int, method: MaskMethod, state: PyTree) -> dict[str, float]:
-    """Of all weights that have masks: shares kept, and bits that a task costs, in the mean; saves the masks."""
-    bank = method.bank(state)
-    sizes = np.array([owner.size for owner in bank.owner.values()], float)
-    usage = np.stack(list(masks.weight_usage(bank, config.tasks).values()))  # [leaves, T, 3]
-    new, reused, free = np.tensordot(sizes / sizes.sum(), usage, 1).T
-    few = getattr(state, "scales", None) if config.ibm_scales == "folded" else None
-    stored = masks.save_bank(config.out / "masks" / f"{name}_{seed}.masks", bank, config.tasks, scales=few)
-    return {
-        "kept_by_a_task": float((new + reused).mean()),
-        "reused_by_a_task": float(reused.mean()),
-        "kept_by_any": float(1 - free[-1]),
-        "bits": 8 * float(np.mean([cost.masks for cost in stored])) / sizes.sum(),
-        "own_bytes": float(np.mean([cost.own for cost in stored])),
-        "huffman_bits": masks.huffman_bits(bank, config.tasks) / config.tasks,
-    }
 
 
 if __name__ == "__main__":

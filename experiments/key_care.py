@@ -197,7 +197,7 @@ def _shifts(config: Config, result: Result, stream: Stream) -> dict[str, Any]:
     at = [steps[number] for number, _ in decisions]
     shift = np.stack([care.health.shift for _, care in decisions], axis=1)
     lines = {"largest": shift.max(axis=0), "median": np.median(shift, axis=0), "threshold": [config.shift] * len(at)}
-    figure = report.curves_over_steps({name: np.array([at, line]) for name, line in lines.items()}, "shift")
+    figure = report.line_plot({name: np.array([at, line]) for name, line in lines.items()}, "training step", "shift")
     return {"How far the data shifted, over codebooks (first seed, with care)": figure}
 
 

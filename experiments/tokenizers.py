@@ -439,11 +439,11 @@ def _curves(histories: Mapping[str, Sequence[Mapping[str, float]]]) -> dict[str,
         }
 
     return {
-        "Codes chosen at least once since the point before, while training (first seed)": report.curves_over_steps(
-            curves("utilisation", 100), "codes in use, %"
+        "Codes chosen at least once since the point before, while training (first seed)": report.line_plot(
+            curves("utilisation", 100), "training step", "codes in use, %"
         ),
         "Perplexity of the codes chosen since the point before, while training (first seed)": (
-            report.curves_over_steps(curves("perplexity"), "perplexity")
+            report.line_plot(curves("perplexity"), "training step", "perplexity")
         ),
     }
 

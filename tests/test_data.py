@@ -284,3 +284,45 @@ def test_offsets_that_do_not_cut_the_data_are_refused(offsets, monkeypatch, tmp_
     monkeypatch.setenv("JAXCL_DATA", str(tmp_path))
     with pytest.raises(ValueError, match=r"cb_train_offsets: offsets that do not cut"):
         data.cl_text("cb")
+
+
+def write_cifar100(folder, *, train=7, test=3):
+    """Files in the layout of the binary version: coarse label, fine label, then the three colours one by one."""
+    rng = np.random.default_rng(0)
+    parts = {}
+    for name, count in (("train", train), ("test", test)):
+        images = rng.integers(0, 256, (count, 32, 32, 3), np.uint8)
+        labels = rng.integers(0, [20, 100], (count, 2)).astype(np.uint8)
+        rows = [labels, images[..., 0].reshape(count, -1), images[..., 1].reshape(count, -1),
+                images[..., 2].reshape(count, -1)]  # fmt: skip
+        (folder / "cifar-100-binary").mkdir(exist_ok=True)
+        (folder / "cifar-100-binary" / f"{name}.bin").write_bytes(np.concatenate(rows, axis=1).tobytes())
+        parts[name] = images, labels[:, 1]
+    return parts
+
+
+def test_cifar100_is_read_from_its_binary_version(monkeypatch, tmp_path):
+    monkeypatch.setenv("JAXCL_DATA", str(tmp_path))
+    written = write_cifar100(tmp_path)
+    for part, (images, labels) in zip(data.load("cifar100"), written.values(), strict=True):
+        np.testing.assert_array_equal(part.inputs, images)
+        np.testing.assert_array_equal(part.labels, labels)
+        assert part.labels.dtype == np.int32
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda path: path.unlink(), "JAXCL_DATA: got .*; set it to a folder that holds cifar-100-binary/test.bin"),
+        (lambda path: path.write_bytes(b""), "data pack: got test.bin: 0 bytes, which are no rows"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-1]), "data pack: got test.bin: 9221 bytes, which are no"),
+        (lambda path: path.write_bytes(b"\0d" + path.read_bytes()[2:]), "data pack: got test.bin: labels that are no"),
+    ],
+    ids=["missing", "empty", "cut short", "label of 100"],
+)
+def test_damaged_cifar100_gives_one_clear_error(spoil, message, monkeypatch, tmp_path):
+    monkeypatch.setenv("JAXCL_DATA", str(tmp_path))
+    write_cifar100(tmp_path)
+    spoil(tmp_path / "cifar-100-binary" / "test.bin")
+    with pytest.raises(ValueError, match=message):
+        data.load("cifar100")

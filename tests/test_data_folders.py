@@ -155,3 +155,59 @@ def test_missing_pillow_says_what_brings_it(folder, monkeypatch):
     monkeypatch.setitem(sys.modules, "PIL", None)
     with pytest.raises(ImportError, match=r'Pillow: pip install "jaxcl\[data\]"'):
         data.image_folder(folder, size=(4, 4))
+
+
+# Tiny ImageNet
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    """Two classes, as distributed: the second in alphabetical order comes first in the list."""
+    (tmp_path / "wnids.txt").write_text("n02\nn01\n")
+    for number, name in enumerate(("n01", "n02")):
+        for image in range(2):
+            write(tmp_path / f"train/{name}/images/{name}_{image}.JPEG", np.full((64, 64, 3), 40 * number, np.uint8))
+        (tmp_path / f"train/{name}/{name}_boxes.txt").write_text("n01_0.JPEG\t0\t0\t62\t62\n")
+    for number, name in enumerate(("n02", "n01", "n01")):
+        pixels = np.full((64, 64), 40 * number, np.uint8)  # as some are, without colours
+        write(tmp_path / f"val/images/val_{number}.JPEG", pixels)
+        with (tmp_path / "val/val_annotations.txt").open("a") as file:
+            file.write(f"val_{number}.JPEG\t{name}\t0\t0\t62\t62\n")
+    write(tmp_path / "test/images/test_0.JPEG")
+    return tmp_path
+
+
+def test_tiny_imagenet_is_read_as_it_is_distributed(tiny):
+    train, test = data.tiny_imagenet(tiny)
+    np.testing.assert_array_equal(train.labels, [0, 0, 1, 1])
+    np.testing.assert_array_equal(test.labels, [0, 1, 1])
+    assert train.labels.dtype == np.int32 and train.inputs.dtype == np.uint8
+    assert train.inputs.shape == (4, 64, 64, 3) and test.inputs.shape == (3, 64, 64, 3)
+    np.testing.assert_allclose(train.inputs[np.arange(4)][:, 0, 0, 0], [40, 40, 0, 0], atol=2)
+    np.testing.assert_allclose(test.inputs[np.arange(3)][:, 5, 5].astype(int), [[0] * 3, [40] * 3, [80] * 3], atol=2)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda path: (path / "wnids.txt").unlink(), r"path: got .*wnids.txt; it must be a text file of Tiny ImageNet"),
+        (lambda path: (path / "wnids.txt").write_text("\n"), r"path: got .*wnids.txt; the file is empty"),
+        (lambda path: (path / "wnids.txt").write_bytes(b"\xff"), r"path: got .*wnids.txt; it must be a text file"),
+        (lambda path: (path / "wnids.txt").write_text("n03\n"), r"path: got .*images; it must be a folder"),
+        (lambda path: (path / "val/val_annotations.txt").write_text("val_0.JPEG\n"), "line 1: 'val_0.JPEG'; copy"),
+        (lambda path: (path / "val/val_annotations.txt").write_text("../a.JPEG\tn01\n"), "line 1: '../a.JPEG"),
+        (lambda path: (path / "val/val_annotations.txt").write_text("val_0.JPEG\tn09\n"), "line 1: 'val_0.JPEG"),
+    ],
+    ids=["no list", "empty list", "no text", "class without images", "no class", "elsewhere", "unknown class"],
+)  # fmt: skip
+def test_a_tiny_imagenet_that_is_not_as_distributed_is_refused(tiny, spoil, message):
+    spoil(tiny)
+    with pytest.raises(ValueError, match=message):
+        data.tiny_imagenet(tiny)
+
+
+def test_an_annotated_image_that_is_missing_is_named_when_it_is_asked_for(tiny):
+    (tiny / "val/images/val_1.JPEG").unlink()
+    inputs = data.tiny_imagenet(tiny).test.inputs
+    with pytest.raises(ValueError, match=r"image file: got .*val_1.JPEG; repair or remove it"):
+        inputs[np.array([1])]

@@ -44,7 +44,7 @@ METHODS = {
     "ib_masks": lambda: masks.ib_masks(covers, TASKS, log_variance=-4.0),
     "ib_masks, 8 bits": lambda: masks.ib_masks(covers, TASKS, log_variance=-4.0, scale_bits=8),
     "ib_masks, one scale": lambda: masks.ib_masks(covers, TASKS, log_variance=-4.0, scale_bits=0),
-    "ib_masks, as the authors": lambda: masks.ib_masks(covers, TASKS, log_variance=-4.0, scale_rule="authors"),
+    "ib_masks, float scales": lambda: masks.ib_masks(covers, TASKS, log_variance=-4.0, scale_rule="authors"),
     "ib_masks, no re-use": lambda: masks.ib_masks(covers, TASKS, log_variance=-4.0, reuse=False),
     "winning_subnetwork": lambda: masks.winning_subnetwork(covers, TASKS, sparsity=0.6),
     "packnet": lambda: masks.packnet(covers, TASKS, share=0.4, prune_after=STEPS // 2),
@@ -202,6 +202,15 @@ def test_draws_are_of_the_standard_normal_distribution(shape):
         assert stats.kstest(draws, "norm").pvalue > 0.01
         half = draws.size // 2  # the two draws from each 32 bits have nothing to do with each other
         assert abs(np.corrcoef(draws[:half], draws[-half:])[0, 1]) < 0.01
+
+
+def test_what_a_task_keeps_in_nats_and_its_ratios_are_recorded():
+    for task, ((masked, state), (_, after)) in enumerate(results("ib_masks")):
+        for path, own in masked.scores.items():
+            kept = np.asarray(masks.log_alpha(own) < 0)
+            nats = 0.5 * np.log1p(np.asarray(own.mean)[kept] ** 2 / np.exp(np.asarray(own.log_variance)[kept]))
+            assert_close(after.committed.information[path][task], nats.sum(), 1e-4)
+            assert after.committed.ratios[path][task] == state.ratios[path]
 
 
 @pytest.mark.parametrize("redraw", ["free", "all", "none"])

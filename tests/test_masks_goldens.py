@@ -145,7 +145,7 @@ def test_two_tasks_of_ibm(monkeypatch):
             np.testing.assert_array_equal(masks.is_free(state.bank)[name], ~consolidated)
             # Scales of weights that the task does not keep are the authors' redrawn ones; nothing reads them.
             assert_close(
-                np.where(mask, state.scales[name][task], 0), np.where(mask, arrays[f"{here}_stored_zscale"], 0)
+                np.where(mask, state.bank.scales[name][task], 0), np.where(mask, arrays[f"{here}_stored_zscale"], 0)
             )
             assert_close(masked.weights[name], arrays[f"{here}_weight"])
             assert_close(masked.scores[name].mean, arrays[f"{here}_mu"])

@@ -443,3 +443,19 @@ def test_page_without_figures_or_keys(metrics):
 )
 def test_page_tells_the_time_in_words(metrics, seconds, text):
     assert f", {text} in all," in report.html_report({**metrics, "seconds": seconds}, {})
+
+
+def test_curves_are_drawn_as_given():
+    curves = {"vq": np.array([[1, 2, 3], [0.5, np.nan, 2.0]]), "simvq": np.array([[1, 2], [3.0, 4.0]])}
+    figure = report.line_plot(curves, "training step", "codes in use, %")
+    (axes,) = figure.axes
+    for line, curve in zip(axes.lines, curves.values(), strict=True):
+        np.testing.assert_array_equal(line.get_xydata().T, curve)
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("training step", "codes in use, %")
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["vq", "simvq"]
+
+
+@pytest.mark.parametrize("curves", [{}, {"a": np.zeros(3)}])
+def test_what_is_no_curve_is_named(curves):
+    with pytest.raises(ValueError, match="curves: got "):
+        report.line_plot(curves, "x", "y")

@@ -25,21 +25,8 @@ def test_colours_and_spectrograms_are_images_too():
     assert len(report.image_rows({"a": colours[..., 0]}).axes) == 2
 
 
-def test_curves_are_drawn_as_given():
-    curves = {"vq": np.array([[1, 2, 3], [0.5, np.nan, 2.0]]), "simvq": np.array([[1, 2], [3.0, 4.0]])}
-    figure = report.curves_over_steps(curves, "codes in use, %")
-    (axes,) = figure.axes
-    for line, curve in zip(axes.lines, curves.values(), strict=True):
-        np.testing.assert_array_equal(line.get_xydata().T, curve)
-    assert axes.get_ylabel() == "codes in use, %"
-    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["vq", "simvq"]
-
-
 def test_bad_arguments_are_named():
     with pytest.raises(ValueError, match=r"images: got \{\}; pass one row or more, all of one shape"):
         report.image_rows({})
     with pytest.raises(ValueError, match="images: got "):
         report.image_rows({"a": np.zeros((2, 3, 3)), "b": np.zeros((3, 3, 3))})
-    for curves in ({}, {"a": np.zeros(3)}):
-        with pytest.raises(ValueError, match="curves: got "):
-            report.curves_over_steps(curves, "x")

@@ -2,6 +2,7 @@
 
 from jaxcl.masks.contract import FREE, Bank, Masked, MaskMethod, is_free, separate_rates, task_mask
 from jaxcl.masks.information_bottleneck import (
+    Committed,
     InformationBottleneckState,
     decomposition_ratio,
     ib_masks,
@@ -23,6 +24,7 @@ from jaxcl.masks.winning_subnetwork import (
 __all__ = [
     "FREE",
     "Bank",
+    "Committed",
     "FewScales",
     "InformationBottleneckState",
     "MaskMethod",

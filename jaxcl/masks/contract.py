@@ -27,6 +27,7 @@ class Bank(NamedTuple):
     masks: Named  # by path of a masked leaf, [T, ceil(n / 8)] uint8, a bit for each of its n weights
     owner: Named  # by path of a masked leaf, of its shape, uint8: the first task that kept the weight, or FREE
     own: Named  # by path of any other leaf, [T, ...]: biases, normalisation and heads, a set a task
+    scales: dict[str, PyTree]  # by path of a masked leaf, [T, ...]: what its weights are multiplied by; {} for nothing
 
 
 class _Protect(Protocol):
@@ -74,6 +75,7 @@ def begin_bank(params: PyTree, covers: Callable[[str], bool], tasks: int) -> Ban
         {path: jnp.zeros((tasks, -(-leaf.size // 8)), jnp.uint8) for path, leaf in chosen.items()},
         {path: jnp.full(leaf.shape, FREE, jnp.uint8) for path, leaf in chosen.items()},
         {path: jnp.zeros((tasks, *leaf.shape), leaf.dtype) for path, leaf in leaves.items() if path not in chosen},
+        {},
     )
 
 
@@ -82,14 +84,17 @@ def is_free(bank: Bank) -> Named:
     return {path: owner == FREE for path, owner in bank.owner.items()}
 
 
-def record(bank: Bank, task: Array | int, kept: Mapping[str, Array], params: PyTree) -> Bank:
-    """The bank with a task's masks and its own leaves; free weights among those it keeps are its from now on.
+def record(
+    bank: Bank, task: Array | int, kept: Mapping[str, Array], params: PyTree, scales: Mapping[str, PyTree] | None = None
+) -> Bank:
+    """The bank with what a task keeps; free weights among those are its from now on.
 
     Args:
         bank: consumed.
         task: its number, from 0.
         kept: by path of a masked leaf, bool [...] of its shape.
         params: whose unmasked leaves are kept.
+        scales: by path of a masked leaf, an entry of `Bank.scales`, for a bank that has them.
     """
     leaves = leaves_by_path(params)
     number = jnp.asarray(task, jnp.uint8)
@@ -97,6 +102,7 @@ def record(bank: Bank, task: Array | int, kept: Mapping[str, Array], params: PyT
         commit(bank.masks, task, {path: jnp.packbits(kept[path]) for path in bank.masks}),
         {path: jnp.where(kept[path] & (owner == FREE), number, owner) for path, owner in bank.owner.items()},
         commit(bank.own, task, {path: leaves[path] for path in bank.own}),
+        commit(bank.scales, task, dict(scales or {})),
     )
 
 

@@ -19,12 +19,19 @@ from jaxcl.trees import leaves_by_path, replace_leaves
 from jaxcl.typing import Array, ArrayLike, Key, PyTree, bad_argument, check_between, check_choice
 
 
+class Committed(NamedTuple):
+    """What was seen of each leaf when a task's masks were fixed, by path, [T]."""
+
+    ratios: Named
+    information: Named  # `information` of the weights that the task keeps, in nats
+
+
 class InformationBottleneckState(NamedTuple):
     """What the method knows beside what is trained."""
 
     bank: Bank
     ratios: Named  # by path, []: what the leaf's penalty counts
-    scales: dict[str, PyTree]  # by path, what the scale rule keeps, [T, ...]
+    committed: Committed
 
 
 def ib_masks(
@@ -73,9 +80,12 @@ def ib_masks(
 
     def init(key: Key, params: PyTree) -> tuple[Masked, InformationBottleneckState]:
         bank = begin_bank(params, covers, tasks)
-        scales = {path: trees.bank(rule.begin(owner.shape), tasks) for path, owner in bank.owner.items()}
+        bank = bank._replace(
+            scales={path: trees.bank(rule.begin(owner.shape), tasks) for path, owner in bank.owner.items()}
+        )
         ratios = {path: jnp.float32(1) for path in bank.owner}
-        return Masked(params, fresh(key, bank)), InformationBottleneckState(bank, ratios, scales)
+        none = trees.bank({path: jnp.float32(0) for path in bank.owner}, tasks)
+        return Masked(params, fresh(key, bank)), InformationBottleneckState(bank, ratios, Committed(none, none))
 
     def sample(key: Key, masked: Masked, state: InformationBottleneckState) -> tuple[PyTree, Array]:
         weights, free, keys = (
@@ -99,25 +109,25 @@ def ib_masks(
         key: Key, masked: Masked, state: InformationBottleneckState, task: Array | int
     ) -> tuple[Masked, InformationBottleneckState]:
         weights, free, kept = leaves_by_path(masked.weights), is_free(state.bank), keeps(masked, state)
-        scores, scales = {}, {}
+        scores, scales, nats = {}, {}, {}
         for path, noise in masked.scores.items():
-            weights[path], scores[path], entry = rule.settle(
+            nats[path] = information(noise._replace(mean=jnp.where(kept[path], noise.mean, 0)))
+            weights[path], scores[path], scales[path] = rule.settle(
                 weights[path], noise, kept[path] & free[path], kept[path] & ~free[path]
             )
-            scales[path] = trees.commit(state.scales[path], task, entry)
-        bank = record(state.bank, task, kept, masked.weights)
+        bank = record(state.bank, task, kept, masked.weights, scales)
         if redraw != "none":
             drawn, anew = fresh(key, bank), is_free(bank)
             for path, noise in scores.items():
                 which = anew[path] if redraw == "free" else True
                 scores[path] = Noise(*(jnp.where(which, new, old) for new, old in zip(drawn[path], noise, strict=True)))
-        masked = Masked(replace_leaves(masked.weights, weights), scores)
-        return masked, state._replace(bank=bank, scales=scales)
+        committed = trees.commit(state.committed, task, Committed(state.ratios, nats))
+        return Masked(replace_leaves(masked.weights, weights), scores), state._replace(bank=bank, committed=committed)
 
     def select(masked: Masked, state: InformationBottleneckState, task: Array | int) -> PyTree:
         weights, found = leaves_by_path(masked.weights), task_own(state.bank, task)
         for path, owner in state.bank.owner.items():
-            scale = rule.read(trees.pick(state.scales[path], task), owner < task)
+            scale = rule.read(trees.pick(state.bank.scales[path], task), owner < task)
             mask = task_mask(state.bank, path, task)
             found[path] = jnp.where(mask, weights[path] * scale, 0).astype(weights[path].dtype)
         return replace_leaves(masked.weights, found)

@@ -1,7 +1,8 @@
 """A bank of masks as a file: what each task keeps, entropy-coded, and what that costs to the byte.
 
 The file: a magic, the length of a header and the header as JSON (leaves, bits of scales, each task's lengths), then for
-each task its coded masks and scale codes, its levels and its own leaves, and at last a CRC of all before it. A mask is
+each task its coded masks and scale codes, its levels (or scales, if they are floats) and its own leaves, and at last a
+CRC of all before it. A mask is
 coded weight by weight, given which earlier tasks kept the weight and how much of its row and column this task has kept
 so far; a scale code given those before it. Counts adapt as coding goes on, so nothing but the masks is told. What
 decides a probability is kept in integers, so that every machine decodes the same.
@@ -32,6 +33,7 @@ _LAST = 3  # tasks, of which each counts by itself in a weight's context
 _CONTEXTS = 8 * 2**_LAST  # those, and how many tasks kept the weight, up to 7
 _RUN = 32  # symbols between two changes of the counts
 _SURE = 1e-3  # no weight is held to be kept, or not, with a chance below it
+_FLOAT = 32  # bits of scales that are not coded
 _WEIGHTS_A_BYTE = 6000  # at most so many: 8 / -log2(1 - _SURE) is 5,541
 # (probabilities [n] or [n, levels], symbols [n] or None) -> symbols [n]: writes the symbols, or reads them
 _Code = Callable[[np.ndarray, np.ndarray | None], np.ndarray]
@@ -40,13 +42,11 @@ _Code = Callable[[np.ndarray, np.ndarray | None], np.ndarray]
 class TaskCost(NamedTuple):
     """Bytes that a task adds to a file."""
 
-    masks: int  # coded masks and scale codes, and the levels of scales
+    masks: int  # masks and scales
     own: int  # leaves without a mask
 
 
-def save_bank(
-    path: str | os.PathLike[str], bank: Bank, tasks: int, *, scales: Mapping[str, FewScales] | None = None
-) -> list[TaskCost]:
+def save_bank(path: str | os.PathLike[str], bank: Bank, tasks: int) -> list[TaskCost]:
     """Writes what the first tasks keep, whole or not at all; what each of them costs.
 
     The weights are not in the file: they are the network's, once for all tasks.
@@ -55,7 +55,6 @@ def save_bank(
         path: of the file.
         bank: of a mask method's state.
         tasks: how many are committed, 1 to T.
-        scales: of `ib_masks` with its rule "folded", `state.scales`: by path, leaves [T, ...].
 
     Raises:
         ImportError: constriction is missing.
@@ -65,18 +64,20 @@ def save_bank(
     check_between("tasks", tasks, 1, len(next(iter(bank.masks.values()))))
     masks, own = unpacked_masks(bank, tasks), {name: np.asarray(leaf) for name, leaf in bank.own.items()}
     shapes = {name: owner.shape for name, owner in bank.owner.items()}
-    bits = 0 if scales is None else int(math.log2(next(iter(scales.values())).levels.shape[-1]))
+    few = {name: scales for name, scales in bank.scales.items() if isinstance(scales, FewScales)}
+    bits = int(math.log2(next(iter(few.values())).levels.shape[-1])) if few else 0
+    floats = [few[name].levels if few else bank.scales[name] for name in masks if bank.scales]
     bodies, costs = [], []
     for task in range(tasks):
-        coded = _encode(masks, shapes, _codes(scales, masks, bits, task), bits, task)
-        levels = b"" if scales is None else b"".join(np.asarray(scales[p].levels[task], "<f4").tobytes() for p in masks)
+        coded = _encode(masks, shapes, _codes(few, masks, bits, task), bits, task)
+        plain = b"".join(np.asarray(leaf[task], "<f4").tobytes() for leaf in floats)
         leaves = b"".join(leaf[task].tobytes() for leaf in own.values())
-        bodies.append(coded + levels + leaves)
-        costs.append((len(coded), TaskCost(len(coded) + len(levels), len(leaves))))
+        bodies.append(coded + plain + leaves)
+        costs.append((len(coded), TaskCost(len(coded) + len(plain), len(leaves))))
     header = {
         "masks": {name: list(shape) for name, shape in shapes.items()},
         "own": {name: [leaf.dtype.name, *leaf.shape[1:]] for name, leaf in own.items()},
-        "scale_bits": None if scales is None else bits,
+        "scale_bits": (bits if few else _FLOAT) if bank.scales else None,
         "coded": [length for length, _ in costs],
     }
     text = json.dumps(header).encode()
@@ -89,7 +90,6 @@ class StoredBank(NamedTuple):
     """What a file holds."""
 
     bank: Bank
-    scales: dict[str, FewScales] | None  # by path, leaves [T, ...]
     tasks: int  # how many are committed
 
 
@@ -114,12 +114,19 @@ def load_bank(path: str | os.PathLike[str], *, capacity: int | None = None) -> S
     tasks, at = len(header.coded), header.end
     if capacity is not None:
         check_between("capacity", capacity, tasks, FREE)
-    room, bits = capacity or tasks, header.scale_bits or 0
+    room, bits = capacity or tasks, header.code_bits
     masks = {name: np.zeros((room, math.prod(shape)), bool) for name, shape in header.masks.items()}
     codes = {name: np.zeros(mask.shape, np.uint8) for name, mask in masks.items()}
-    levels = {name: np.ones((room, 2**bits), np.float32) for name in masks}
+    floats = (
+        {}
+        if header.scale_bits is None
+        else {
+            name: np.zeros((room, *(shape if header.scale_bits == _FLOAT else (2**bits,))), np.float32)
+            for name, shape in header.masks.items()
+        }
+    )
     own = {name: np.zeros((room, *shape), kind) for name, (kind, shape) in header.own.items()}
-    plain = [*(levels.values() if header.scale_bits is not None else ()), *own.values()]
+    plain = [*floats.values(), *own.values()]
     for task, length in enumerate(header.coded):
         try:
             _decode(content[at : at + length], masks, header.masks, codes, bits, task)
@@ -129,19 +136,19 @@ def load_bank(path: str | os.PathLike[str], *, capacity: int | None = None) -> S
         for leaf in plain:
             leaf[task] = np.frombuffer(content, leaf.dtype, leaf[task].size, at).reshape(leaf[task].shape)
             at += leaf[task].nbytes
+    places = np.arange(bits, dtype=np.uint8)[:, None]
+    scales: dict[str, Any] = {name: jnp.asarray(leaf) for name, leaf in floats.items()}
+    if header.scale_bits != _FLOAT:
+        for name, levels in scales.items():
+            planes = np.stack([np.packbits((of_task >> places) & 1) for of_task in codes[name]])
+            scales[name] = FewScales(levels, jnp.asarray(planes))
     bank = Bank(
         {name: jnp.asarray(np.packbits(mask, axis=1)) for name, mask in masks.items()},
         {name: jnp.asarray(_owners(mask).reshape(header.masks[name])) for name, mask in masks.items()},
         {name: jnp.asarray(leaf) for name, leaf in own.items()},
+        scales,
     )
-    if header.scale_bits is None:
-        return StoredBank(bank, None, tasks)
-    places = np.arange(bits, dtype=np.uint8)[:, None]
-    planes = {
-        name: np.stack([np.packbits((code >> places) & 1) for code in of_tasks]) for name, of_tasks in codes.items()
-    }
-    scales = {name: FewScales(jnp.asarray(levels[name]), jnp.asarray(planes[name])) for name in masks}
-    return StoredBank(bank, scales, tasks)
+    return StoredBank(bank, tasks)
 
 
 def huffman_bits(bank: Bank, tasks: int) -> float:
@@ -170,9 +177,14 @@ def huffman_bits(bank: Bank, tasks: int) -> float:
 class _Header(NamedTuple):
     masks: dict[str, tuple[int, ...]]  # shapes of leaves
     own: dict[str, tuple[np.dtype[Any], tuple[int, ...]]]  # dtypes and shapes of the others
-    scale_bits: int | None
+    scale_bits: int | None  # of a code, or `_FLOAT`; None for no scales
     coded: list[int]  # bytes of each task's masks and scale codes
     end: int  # where the first task begins
+
+    @property
+    def code_bits(self) -> int:
+        """Of a scale code."""
+        return self.scale_bits % _FLOAT if self.scale_bits else 0
 
 
 def _read_header(content: bytes) -> _Header:
@@ -185,11 +197,11 @@ def _read_header(content: bytes) -> _Header:
     shapes = {name: _shape(shape) for name, shape in header["masks"].items()}
     own = {name: (_dtype(kind), _shape(shape)) for name, (kind, *shape) in header["own"].items()}
     bits, lengths = header["scale_bits"], [int(length) for length in header["coded"]]
-    if bits is not None and bits not in range(9):
+    if bits not in (None, *range(9), _FLOAT):
         raise ValueError(f"{bits} bits")
-    levels = 0 if bits is None else 4 * len(shapes) * 2**bits
+    floats = 0 if bits is None else sum(math.prod(s) if bits == _FLOAT else 2**bits for s in shapes.values())
     leaves = sum(kind.itemsize * math.prod(shape) for kind, shape in own.values())
-    if min(lengths, default=-1) < 0 or end + sum(lengths) + len(lengths) * (levels + leaves) != len(content) - 4:
+    if min(lengths, default=-1) < 0 or end + sum(lengths) + len(lengths) * (4 * floats + leaves) != len(content) - 4:
         raise ValueError(f"{len(content)} bytes")
     if sum(map(math.prod, shapes.values())) * len(lengths) > _WEIGHTS_A_BYTE * len(content):
         raise ValueError(f"{shapes} in {len(content)} bytes")
@@ -214,13 +226,13 @@ def _owners(masks: np.ndarray) -> np.ndarray:
 
 
 def _codes(
-    scales: Mapping[str, FewScales] | None, masks: Mapping[str, np.ndarray], bits: int, task: int
+    scales: Mapping[str, FewScales], masks: Mapping[str, np.ndarray], bits: int, task: int
 ) -> dict[str, np.ndarray]:
     """By path, the scale code of each weight uint8 [n]."""
     found = {}
     for name, mask in masks.items():
         size = mask.shape[1]
-        packed = np.zeros(0, np.uint8) if scales is None else np.asarray(scales[name].codes[task])
+        packed = np.asarray(scales[name].codes[task]) if bits else np.zeros(0, np.uint8)
         planes = np.unpackbits(packed, count=bits * size).reshape(bits, size)
         found[name] = np.asarray((planes << np.arange(bits, dtype=np.uint8)[:, None]).sum(axis=0, dtype=np.uint8))
     return found

@@ -20,11 +20,12 @@ from jaxcl.report.plots import (
     accuracy_bars,
     accuracy_matrices,
     accuracy_over_tasks,
+    line_plot,
     to_svg,
 )
 from jaxcl.report.tables import check_accuracy, check_metrics, legend, results_rows, results_table, text_table
 from jaxcl.report.tensorboard import TensorBoard
-from jaxcl.report.tokens import curves_over_steps, image_rows
+from jaxcl.report.tokens import image_rows
 
 __all__ = [
     "TensorBoard",
@@ -34,7 +35,6 @@ __all__ = [
     "accuracy_over_tasks",
     "check_accuracy",
     "check_metrics",
-    "curves_over_steps",
     "distance_histograms",
     "figures_section",
     "flat_settings",
@@ -47,6 +47,7 @@ __all__ = [
     "keys_among_heads",
     "keys_by_class",
     "legend",
+    "line_plot",
     "mask_overlap_map",
     "read_accuracy_csv",
     "read_json",

@@ -1,11 +1,11 @@
-"""Figures of tokenizers: originals beside reconstructions, and how a codebook is used while it learns."""
+"""Figures of tokenizers: originals beside reconstructions."""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from jaxcl.report.plots import COLOURS, MARKERS, new_figure
+from jaxcl.report.plots import new_figure
 from jaxcl.typing import bad_argument
 
 if TYPE_CHECKING:
@@ -41,39 +41,6 @@ def image_rows(images: Mapping[str, np.ndarray]) -> "Figure":
             (left - 0.1) / figure.get_figwidth(), 1 - (top + high / 2) / figure.get_figheight(), name,
             ha="right", va="center", fontsize=9, parse_math=False,
         )  # fmt: skip
-    return figure
-
-
-def curves_over_steps(curves: Mapping[str, np.ndarray], label: str) -> "Figure":
-    """A line for each name, such as the share of codes in use while a tokenizer is trained.
-
-    Args:
-        curves: for each name [2, P], steps made and values at P points; a value that is not finite leaves a gap.
-        label: what the values are, with their unit.
-
-    Raises:
-        ValueError: no curve, or one that is not [2, P].
-        ImportError: matplotlib is missing.
-    """
-    if not curves or any(np.ndim(curve) != 2 or len(curve) != 2 for curve in curves.values()):
-        raise bad_argument(
-            "curves", {name: np.shape(curve) for name, curve in curves.items()}, "pass one [2, P] or more"
-        )
-    height = max(3.6, 0.24 * len(curves) + 0.8)
-    figure = new_figure(9.0, height)
-    axes = figure.add_axes((0.08, 0.5 / height, 0.66, 1 - 0.65 / height))
-    for number, (name, (steps, values)) in enumerate(curves.items()):
-        axes.plot(
-            steps, values, color=COLOURS[number % len(COLOURS)], marker=MARKERS[number % len(MARKERS)],
-            markersize=4, linewidth=1.6, label=name,
-        )  # fmt: skip
-    axes.set_xlabel("training step")
-    axes.set_ylabel(label)
-    axes.set_ylim(bottom=0)
-    axes.grid(axis="y", color="#e6e6e6")
-    axes.spines[["top", "right"]].set_visible(False)
-    for text in axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), frameon=False, fontsize=9).get_texts():
-        text.set_parse_math(False)
     return figure
 
 
