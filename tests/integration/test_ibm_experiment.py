@@ -63,3 +63,23 @@ def test_streams_and_ablations_run(options, tmp_path):
         assert document["masks"]["ibm"]["reused_by_a_task"]["mean"] > 0
     else:
         assert document["masks"]["ibm"]["reused_by_a_task"]["mean"] == 0
+
+
+def test_the_published_settings_run_on_cifar100(tmp_path, monkeypatch):
+    """On a few images, drawn at random, and for one epoch."""
+    monkeypatch.setenv("JAXCL_DATA", str(tmp_path))
+    (tmp_path / "cifar-100-binary").mkdir()
+    rng = np.random.default_rng(0)
+    for part in ("train", "test"):
+        rows = rng.integers(0, 256, (200, 3074), np.uint8)
+        rows[:, 0], rows[:, 1] = 0, np.arange(200) % 100
+        (tmp_path / "cifar-100-binary" / f"{part}.bin").write_bytes(rows.tobytes())
+    config = ibm.preset("paper", "cifar100")
+    assert (config.network, config.epochs, config.ibm_travel) == ("resnet18", 300, pytest.approx(1e-3 * 6000))
+    document = ibm.main([
+        "--preset", "paper", "--data", "cifar100", "--network", "mlp", "--hidden", "8", "--epochs", "1", "--seeds", "1",
+        "--methods", "ibm", "--out", str(tmp_path / "run"),
+    ])  # fmt: skip
+    assert document["config"]["tasks"] == 10 and document["results"]["ibm"]["bwt"]["mean"] == 0
+    with pytest.raises(ValueError, match="data: got mnist; published are cifar100"):
+        ibm.preset("paper", "mnist")
