@@ -1,5 +1,6 @@
 """Networks against their formulas."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -132,3 +133,13 @@ def test_resnet18_in_bfloat16_and_its_gradient():
 def test_resnet18_refuses_images_without_channels():
     with pytest.raises(ValueError, match=r"inputs: got shape \(2, 8, 8\); pass an array with 4 axes"):
         nets.ResNet18(classes=2, width=8).init(jax.random.key(0), jnp.zeros((2, 8, 8)))
+
+
+@pytest.mark.parametrize("shape", [(3, 4, 6, 2), (2, 5, 7, 1), (2, 1, 4, 3)])
+def test_pooling_and_its_gradient_are_those_of_flax(shape):
+    x = jax.random.normal(jax.random.key(0), shape)
+    pools = (nets.max_pool_2x2, lambda x: nn.max_pool(x, (2, 2), (2, 2)))
+    (ours, pull), (theirs, their_pull) = (jax.vjp(pool, x) for pool in pools)
+    np.testing.assert_array_equal(ours, theirs)
+    cotangent = jax.random.normal(jax.random.key(1), ours.shape)
+    np.testing.assert_array_equal(pull(cotangent)[0], their_pull(cotangent)[0])

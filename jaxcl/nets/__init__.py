@@ -11,6 +11,7 @@ from jaxcl.nets.image_tokenizer import ConvDecoder, ConvEncoder, PatchDecoder, P
 from jaxcl.nets.lenet import LeNet5
 from jaxcl.nets.mixer import Mixer
 from jaxcl.nets.mlp import MLP
+from jaxcl.nets.pooling import max_pool_2x2
 from jaxcl.nets.resnet import ResNet18
 from jaxcl.nets.resnet50 import ResNet50, load_resnet50
 from jaxcl.nets.seanet import SEANetDecoder, SEANetEncoder
@@ -47,6 +48,7 @@ __all__ = [
     "load_efficientnet_lite0",
     "load_resnet50",
     "load_vit",
+    "max_pool_2x2",
     "mean_over_tokens",
     "minilm_encoder",
     "minilm_folder",

@@ -5,6 +5,7 @@ from functools import partial
 import flax.linen as nn
 
 from jaxcl.nets.batch_norm import BatchNorm
+from jaxcl.nets.pooling import max_pool_2x2
 from jaxcl.typing import Array, check_rank
 
 
@@ -27,7 +28,7 @@ class AlexNet(nn.Module):
         norm, x = partial(BatchNorm, self.training), inputs
         for channels, size in zip(self.channels, (4, 3, 2), strict=True):
             x = nn.Conv(channels, (size, size), padding="VALID", use_bias=False)(x)
-            x = nn.max_pool(nn.relu(norm()(x)), (2, 2), (2, 2))
+            x = max_pool_2x2(nn.relu(norm()(x)))
         x = x.reshape(len(x), -1)
         for _ in range(2):
             x = nn.relu(norm()(nn.Dense(self.hidden, use_bias=False)(x)))

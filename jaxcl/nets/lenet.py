@@ -2,6 +2,7 @@
 
 import flax.linen as nn
 
+from jaxcl.nets.pooling import max_pool_2x2
 from jaxcl.typing import Array, check_rank
 
 
@@ -18,6 +19,6 @@ class LeNet5(nn.Module):
         check_rank("inputs", inputs, 4)
         x = inputs
         for channels in self.channels:
-            x = nn.max_pool(nn.relu(nn.Conv(channels, (5, 5), padding="VALID")(x)), (2, 2), (2, 2))
+            x = max_pool_2x2(nn.relu(nn.Conv(channels, (5, 5), padding="VALID")(x)))
         x = nn.relu(nn.Dense(self.hidden)(x.reshape(len(x), -1)))
         return nn.Dense(self.classes, name="head")(x)
