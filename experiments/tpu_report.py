@@ -43,7 +43,7 @@ from jax.sharding import PartitionSpec as P
 from tqdm import tqdm
 
 from experiments.card import Card
-from jaxcl import bottleneck, continual, nearest, nets, quantize, report, tokenizer
+from jaxcl import bottleneck, continual, masks, nearest, nets, quantize, report, tokenizer
 from jaxcl.continual import Strategy, streams
 from jaxcl.continual.programs import Resident, Tables, compile_programs
 from jaxcl.continual.sharding import DATA, MODEL, Layout
@@ -143,6 +143,20 @@ def of_learner(
     return of_loop(layout, member, strategy, optax.adam(1e-3), params, inputs, learner.batch_size)
 
 
+def of_masks(layout: Layout, name: str) -> Program:
+    """A step of IBM in ResNet-18 or AlexNet with batch normalisation over all devices, on 2,048 images."""
+    inputs, tasks = jax.ShapeDtypeStruct((50_000, 32, 32, 3), jnp.float32), CLASSES // CLASSES_PER_TASK
+    make: Any = nets.AlexNet if name == "alexnet" else partial(nets.ResNet18, normalisation="batch")
+    head, net = "head" if name == "alexnet" else "Dense_0", make(CLASSES, training=True)
+    method = masks.ib_masks(lambda path: path.endswith("kernel") and head not in path, tasks)
+    key = jax.eval_shape(jax.random.key, 0)
+    params = jax.eval_shape(net.init, key, jax.ShapeDtypeStruct((1, *inputs.shape[1:]), jnp.float32))
+    masked, _ = jax.eval_shape(method.init, key, params)
+    strategy = continual.masked_network(method, net.apply, penalty_weight=1e-3)
+    tx = masks.separate_rates(optax.adam(1e-3), optax.adam(1e-3))
+    return of_loop(layout, "train", strategy, tx, masked, inputs, 2048)
+
+
 def of_bottleneck(layout: Layout, member: str, *, split_codebooks: bool = False) -> Program:
     """A step of the key-value bottleneck at its published size, on features as wide as EfficientNet-lite0's.
 
@@ -208,6 +222,8 @@ STEPS: dict[str, Callable[[Layout], Program]] = {
     "dkvb_fit_keys": partial(of_bottleneck, member="fit_keys"),
     "dkvb_train_codebooks_split": partial(of_bottleneck, member="train", split_codebooks=True),
     "dkvb_lookup_codebooks_split": partial(of_bottleneck, member="lookup", split_codebooks=True),
+    "resnet18_ibm_train": partial(of_masks, name="resnet18"),
+    "alexnet_ibm_train": partial(of_masks, name="alexnet"),
     "nearest": partial(of_search, vectors=65_536, codes=65_536),
     "nearest_262144": partial(of_search, vectors=65_536, codes=262_144),
     "nearest_262144_codes_split": partial(of_search, vectors=65_536, codes=262_144, split_codes=True),
