@@ -50,7 +50,7 @@ def test_in_training_statistics_are_the_batchs_and_else_they_are_parameters():
             },
         ),
         (
-            nets.Mixer(10, width=6, layers=1, patch_hidden=5, channel_hidden=7),
+            nets.Mixer(10, patch=4, width=6, layers=1, patch_hidden=5, channel_hidden=7),
             {
                 "Dense_0/kernel": (48, 6), "Dense_1/kernel": (64, 5), "Dense_2/kernel": (5, 64),
                 "Dense_3/kernel": (6, 7), "Dense_4/kernel": (7, 6), "head/kernel": (6, 10), "head/bias": (10,),
