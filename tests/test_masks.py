@@ -45,6 +45,7 @@ METHODS = {
     "ib_masks, 8 bits": lambda: masks.ib_masks(covers, TASKS, log_variance=-4.0, scale_bits=8),
     "ib_masks, one scale": lambda: masks.ib_masks(covers, TASKS, log_variance=-4.0, scale_bits=0),
     "ib_masks, float scales": lambda: masks.ib_masks(covers, TASKS, log_variance=-4.0, scale_rule="authors"),
+    "ib_masks, free ones anew": lambda: masks.ib_masks(covers, TASKS, log_variance=-4.0, redraw="free"),
     "ib_masks, no re-use": lambda: masks.ib_masks(covers, TASKS, log_variance=-4.0, reuse=False),
     "winning_subnetwork": lambda: masks.winning_subnetwork(covers, TASKS, sparsity=0.6),
     "packnet": lambda: masks.packnet(covers, TASKS, share=0.4, prune_after=STEPS // 2),
@@ -183,7 +184,7 @@ def test_a_committed_task_computes_what_its_means_say(task):
 
 
 def test_folding_leaves_the_noise_of_the_product_as_it_was():
-    (masked, _), (after, state_after) = results("ib_masks")[0]
+    (masked, _), (after, state_after) = results("ib_masks, free ones anew")[0]
     for path, noise in masked.scores.items():
         claimed = np.asarray(state_after.bank.owner[path] == 0)
         old, new = (trees.leaves_by_path(part.weights)[path] for part in (masked, after))

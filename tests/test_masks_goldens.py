@@ -91,7 +91,7 @@ def test_two_tasks_of_ibm(monkeypatch):
     layers = ("conv1", "fc1")
     params = {name: jnp.asarray(arrays[f"init_{name}_weight"]) for name in layers}
     params |= {f"head{task}": jnp.asarray(arrays[f"init_head{task}_weight"]) for task in range(2)}
-    method = masks.ib_masks(lambda path: path in layers, 2, scale_rule="authors")
+    method = masks.ib_masks(lambda path: path in layers, 2, scale_rule="authors", redraw="free")
     masked, state = method.init(jax.random.key(0), params)
     masked = masked._replace(scores={
         name: masks.Noise(*(jnp.asarray(arrays[f"init_{name}_{part}"]) for part in ("mu", "logD"))) for name in layers

@@ -41,7 +41,7 @@ def ib_masks(
     threshold: float = 0.0,
     scale_rule: Literal["folded", "authors"] = "folded",
     scale_bits: int = 3,
-    redraw: Literal["free", "all", "none"] = "free",
+    redraw: Literal["free", "all", "none"] = "all",
     reuse: bool = True,
     log_variance: float = -9.0,
 ) -> MaskMethod:
@@ -59,7 +59,8 @@ def ib_masks(
             for those of earlier tasks keeps a few bits; "authors" keeps a float for each weight and task, and that is
             the mean plus the standard deviation.
         scale_bits: of the scale of a re-used weight, 0 to 8; 0 is one scale a leaf.
-        redraw: whose noise a new task draws anew: free weights', as the paper says, all, or none.
+        redraw: whose noise a new task draws anew: that of all weights; of the free ones, as the paper says, so that what
+            others kept begins as it was kept; or of none.
         reuse: whether a task may use weights that others have claimed.
         log_variance: of new noise, see `draw_noise`.
 
