@@ -59,7 +59,7 @@ def ib_masks(
             for those of earlier tasks keeps a few bits; "authors" keeps a float for each weight and task, and that is
             the mean plus the standard deviation.
         scale_bits: of the scale of a re-used weight, 0 to 8; 0 is one scale a leaf.
-        redraw: whose noise a new task draws anew: that of all weights; of the free ones, as the paper says, so that what
+        redraw: whose noise a new task draws anew: that of all weights; of free ones, as the paper says, so that what
             others kept begins as it was kept; or of none.
         reuse: whether a task may use weights that others have claimed.
         log_variance: of new noise, see `draw_noise`.
