@@ -40,7 +40,7 @@ def weight_usage_bars(usage: Mapping[str, np.ndarray]) -> "Figure":
         axes.set_title(name, fontsize=9, loc="left", parse_math=False)
         axes.spines[["top", "right"]].set_visible(False)
     all_axes[-1].set_xlabel("task")
-    all_axes[-1].xaxis.get_major_locator().set_params(integer=True)
+    all_axes[-1].locator_params(axis="x", integer=True)
     all_axes[0].legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), frameon=False, fontsize=9)
     return figure
 

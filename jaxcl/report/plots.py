@@ -211,7 +211,8 @@ def line_plot(curves: Mapping[str, np.ndarray], over: str, label: str) -> "Figur
     """A line for each name, such as the share of codes in use while a tokenizer is trained.
 
     Args:
-        curves: for each name [2, P], places (whole numbers) and values of P points; a value that is not finite leaves a gap.
+        curves: for each name [2, P], places (whole numbers) and values of P points; a value that is not finite leaves
+            a gap.
         over: what the places are, as "training step".
         label: what the values are, with their unit.
 
@@ -232,7 +233,7 @@ def line_plot(curves: Mapping[str, np.ndarray], over: str, label: str) -> "Figur
             markersize=4, linewidth=1.6, label=name,
         )  # fmt: skip
     axes.set_xlabel(over)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.locator_params(axis="x", integer=True)
     axes.set_ylabel(label)
     axes.set_ylim(bottom=0)
     axes.grid(axis="y", color="#e6e6e6")
