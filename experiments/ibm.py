@@ -80,10 +80,13 @@ class Config(RunConfig):
     """Passes over each task."""
     batch_size: int = 256
     """Examples in a step."""
+    test_statistics: Literal["task", "batch"] = "task"
+    """Methods with masks, in networks with batch normalisation: test with statistics of the task, or of the test batch
+    as IBM's authors do, whose answers then depend on one another."""
 
     ibm_travel: float = 10.0
     """IBM: learning rate of means and log variances times the steps of a task."""
-    ibm_penalty: float = 3e-3
+    ibm_penalty: float = 1e-2
     """IBM: what a nat over the batch size counts in the loss."""
     ibm_log_variance: float = -9.0
     """IBM: of new noise."""
@@ -97,10 +100,7 @@ class Config(RunConfig):
     """IBM: few-bit scales for re-used weights only, or a float for each weight and task."""
     ibm_scale_bits: int = 3
     """IBM: of a re-used weight's scale."""
-    test_statistics: Literal["task", "batch"] = "task"
-    """Methods with masks, in networks with batch normalisation: test with statistics of the task, or of the test batch
-    as IBM's authors do, whose answers then depend on one another."""
-    refresh_every: int = 50
+    ibm_refresh_every: int = 50
     """IBM: steps of a task from one measurement of the ratios to the next."""
     wsn_sparsity: float = 0.8
     """WSN: share of weights that a task does without."""
@@ -120,14 +120,14 @@ def preset(name: str, data: str) -> Config:
     kind = data.partition(":")[0]
     if name == "smoke":
         return Config(
-            **shared | {"seeds": 2}, limit=400, tasks=3, hidden=(32,), epochs=2, batch_size=32, refresh_every=5
+            **shared | {"seeds": 2}, limit=400, tasks=3, hidden=(32,), epochs=2, batch_size=32, ibm_refresh_every=5
         )
     if name == "paper":
         return _published(kind, shared)
     if kind == "digits":
-        return Config(**shared, epochs=30, batch_size=32, hidden=(100, 50))
+        return Config(**shared, epochs=30, batch_size=32, hidden=(100, 50), ibm_penalty=3e-2)
     if kind == "mnist":
-        return Config(**shared, tasks=20)
+        return Config(**shared, tasks=20, epochs=5)
     return Config(**shared, stream="split", tasks=5, network="mixer", epochs=20, batch_size=64)
 
 
@@ -145,7 +145,7 @@ def _published(kind: str, shared: Mapping[str, Any]) -> Config:
     return Config(
         **shared, stream="split", tasks=tasks, size=size, network="resnet18", augment=True, test_statistics="batch",
         learning_rate=rate, epochs=epochs, ibm_travel=travel, ibm_penalty=1e-3, ibm_log_variance=-10.0,
-        ibm_redraw="free", ibm_scales="authors", refresh_every=50 * steps_an_epoch, wsn_travel=travel,
+        ibm_redraw="free", ibm_scales="authors", ibm_refresh_every=50 * steps_an_epoch, wsn_travel=travel,
     )  # fmt: skip
 
 
@@ -194,13 +194,13 @@ def _run(config: Config) -> dict[str, Any]:
 
 def _tell_of_masks(run: Run, config: Config, banks: Mapping[str, Sequence[Bank]]) -> None:
     """Writes the masks to files, prints what they cost, and adds that and its figures to the report."""
-    stored = {
-        name: [
-            masks.save_bank(config.out / "masks" / f"{name}_{seed}.masks", bank, config.tasks)
-            for seed, bank in enumerate(of_method)
-        ]
-        for name, of_method in banks.items()
-    }
+    stored: dict[str, list[list[TaskCost]]] = {name: [] for name in banks}
+    with run.bar("masks", config.seeds * len(banks), "file") as bar:
+        for name, of_method in banks.items():
+            for seed, bank in enumerate(of_method):
+                path = config.out / "masks" / f"{name}_{seed}.masks"
+                stored[name].append(masks.save_bank(path, bank, config.tasks))
+                bar.update()
     rows = [["method", "weights a task %", "all tasks together %", "bits a weight and task", "as WSN stores masks"]]
     for name, of_method in banks.items():
         found = [_shares(bank, costs) for bank, costs in zip(of_method, stored[name], strict=True)]
@@ -349,7 +349,7 @@ def _masked(config: Config, name: Method, network: Network, steps: int) -> tuple
         )  # fmt: skip
         options["penalty_weight"] = config.ibm_penalty
         if config.ibm_ratios:
-            options |= {"features": nets.layer_outputs(network.training), "refresh_every": config.refresh_every}
+            options |= {"features": nets.layer_outputs(network.training), "refresh_every": config.ibm_refresh_every}
     return method, continual.masked_network(method, network.testing.apply, **options), travel
 
 
