@@ -75,7 +75,7 @@ class Config(RunConfig):
     hidden: tuple[int, ...] = (300, 100)
     """Widths of the hidden layers of an mlp."""
     learning_rate: float = 1e-3
-    """Of Adam, for weights."""
+    """Of Adam, for weights; PackNet has its own."""
     epochs: int = 10
     """Passes over each task."""
     batch_size: int = 256
@@ -104,10 +104,12 @@ class Config(RunConfig):
     """IBM: steps of a task from one measurement of the ratios to the next."""
     wsn_sparsity: float = 0.8
     """WSN: share of weights that a task does without."""
-    wsn_travel: float = 3.5
+    wsn_travel: float = 10.0
     """WSN: learning rate of scores times the steps of a task."""
     packnet_share: float = 0.2
     """PackNet: share of the free weights that a task keeps."""
+    packnet_learning_rate: float = 3e-3
+    """PackNet: of Adam, for weights."""
     packnet_prune: float = 0.5
     """PackNet: share of a task's steps after which it prunes."""
     ewc_strength: float = 10.0
@@ -127,7 +129,7 @@ def preset(name: str, data: str) -> Config:
     if kind == "digits":
         return Config(**shared, epochs=30, batch_size=32, hidden=(100, 50), ibm_penalty=3e-2)
     if kind == "mnist":
-        return Config(**shared, tasks=20, epochs=5)
+        return Config(**shared, tasks=20, epochs=5, packnet_share=0.05, wsn_sparsity=0.5)
     return Config(**shared, stream="split", tasks=5, network="mixer", epochs=20, batch_size=64)
 
 
@@ -146,6 +148,7 @@ def _published(kind: str, shared: Mapping[str, Any]) -> Config:
         **shared, stream="split", tasks=tasks, size=size, network="resnet18", augment=True, test_statistics="batch",
         learning_rate=rate, epochs=epochs, ibm_travel=travel, ibm_penalty=1e-3, ibm_log_variance=-10.0,
         ibm_redraw="free", ibm_scales="authors", ibm_refresh_every=50 * steps_an_epoch, wsn_travel=travel,
+        packnet_learning_rate=rate,
     )  # fmt: skip
 
 
@@ -170,7 +173,8 @@ def _run(config: Config) -> dict[str, Any]:
     banks: dict[str, list[Bank]] = {}  # of each method with masks, one a seed
     for name in config.methods:
         of_method = [streams.joint(stream) for stream in tasks] if name == "joint" else tasks
-        tx: optax.GradientTransformation = optax.adam(config.learning_rate)
+        rate = config.packnet_learning_rate if name == "packnet" else config.learning_rate
+        tx: optax.GradientTransformation = optax.adam(rate)
         start: list[PyTree] = params
         if name in MASKED:
             method, strategy, travel = _masked(config, name, network, steps)
