@@ -117,14 +117,10 @@ def load_bank(path: str | os.PathLike[str], *, capacity: int | None = None) -> S
     room, bits = capacity or tasks, header.code_bits
     masks = {name: np.zeros((room, math.prod(shape)), bool) for name, shape in header.masks.items()}
     codes = {name: np.zeros(mask.shape, np.uint8) for name, mask in masks.items()}
-    floats = (
-        {}
-        if header.scale_bits is None
-        else {
-            name: np.zeros((room, *(shape if header.scale_bits == _FLOAT else (2**bits,))), np.float32)
-            for name, shape in header.masks.items()
-        }
-    )
+    floats = {
+        name: np.zeros((room, *_floats_of_scales(header.scale_bits, shape)), np.float32)
+        for name, shape in header.masks.items()
+    }
     own = {name: np.zeros((room, *shape), kind) for name, (kind, shape) in header.own.items()}
     plain = [*floats.values(), *own.values()]
     for task, length in enumerate(header.coded):
@@ -137,11 +133,11 @@ def load_bank(path: str | os.PathLike[str], *, capacity: int | None = None) -> S
             leaf[task] = np.frombuffer(content, leaf.dtype, leaf[task].size, at).reshape(leaf[task].shape)
             at += leaf[task].nbytes
     places = np.arange(bits, dtype=np.uint8)[:, None]
-    scales: dict[str, Any] = {name: jnp.asarray(leaf) for name, leaf in floats.items()}
-    if header.scale_bits != _FLOAT:
-        for name, levels in scales.items():
-            planes = np.stack([np.packbits((of_task >> places) & 1) for of_task in codes[name]])
-            scales[name] = FewScales(levels, jnp.asarray(planes))
+    scales: dict[str, Any] = {}
+    for name, leaf in floats.items() if header.scale_bits is not None else ():
+        planes = [np.packbits((of_task >> places) & 1) for of_task in codes[name]]
+        few = header.scale_bits != _FLOAT
+        scales[name] = FewScales(jnp.asarray(leaf), jnp.asarray(np.stack(planes))) if few else jnp.asarray(leaf)
     bank = Bank(
         {name: jnp.asarray(np.packbits(mask, axis=1)) for name, mask in masks.items()},
         {name: jnp.asarray(_owners(mask).reshape(header.masks[name])) for name, mask in masks.items()},
@@ -199,7 +195,7 @@ def _read_header(content: bytes) -> _Header:
     bits, lengths = header["scale_bits"], [int(length) for length in header["coded"]]
     if bits not in (None, *range(9), _FLOAT):
         raise ValueError(f"{bits} bits")
-    floats = 0 if bits is None else sum(math.prod(s) if bits == _FLOAT else 2**bits for s in shapes.values())
+    floats = sum(math.prod(_floats_of_scales(bits, shape)) for shape in shapes.values())
     leaves = sum(kind.itemsize * math.prod(shape) for kind, shape in own.values())
     if min(lengths, default=-1) < 0 or end + sum(lengths) + len(lengths) * (4 * floats + leaves) != len(content) - 4:
         raise ValueError(f"{len(content)} bytes")
@@ -218,6 +214,13 @@ def _dtype(name: str) -> np.dtype[Any]:
     if not jnp.issubdtype(kind := np.dtype(name), jnp.number):  # which knows bfloat16
         raise ValueError(f"dtype {name}")
     return kind
+
+
+def _floats_of_scales(bits: int | None, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of what is not coded of a leaf's scales, for one task: its levels, or all of them."""
+    if bits is None:
+        return (0,)
+    return shape if bits == _FLOAT else (2**bits,)
 
 
 def _owners(masks: np.ndarray) -> np.ndarray:
