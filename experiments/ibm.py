@@ -36,11 +36,13 @@ CARDS = {
     "--preset smoke": Card("1 min", "that it runs"),
     "--preset cpu": Card("not measured", "permuted digits"),
     "--preset cpu --data mnist": Card(
-        "not yet run whole",
-        "ten tasks, one seed, validation, 8 min: ACC % IBM 97.2 with 16 % of the weights a task, WSN 96.7 with 20, "
-        "PackNet 95.9, one network a task 97.5",
+        "38 min",
+        "ACC % IBM 97.5 ± 0.1 with 13 % of the weights a task, WSN 97.0 ± 0.1 with 50, PackNet 95.0, naive 36.6, one "
+        "network a task 97.8",
     ),
-    "--preset paper": Card("not there yet", "Chen et al. 2023, table 1"),
+    "--preset paper --data cifar100": Card(
+        "not measured; it takes an accelerator", "published: 88.2 with ResNet-18, 82.7 with AlexNet"
+    ),
 }
 Method = Literal["naive", "ewc", "packnet", "wsn", "ibm", "independent", "joint"]
 MASKED = ("packnet", "wsn", "ibm")
