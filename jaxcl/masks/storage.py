@@ -31,7 +31,8 @@ _UNIT = 1 << 16  # what a probability of 1 is in integers
 _SHRINK = 8  # so many expected weights a row or column weighs against what was seen of it
 _LAST = 3  # tasks, of which each counts by itself in a weight's context
 _CONTEXTS = 8 * 2**_LAST  # those, and how many tasks kept the weight, up to 7
-_RUN = 32  # symbols between two changes of the counts
+_RUN = 32  # symbols between two changes of the counts, at least
+_RUNS = 8192  # of a mask, about, at most: what coding takes is time for runs
 _SURE = 1e-3  # no weight is held to be kept, or not, with a chance below it
 _FLOAT = 32  # bits of scales that are not coded
 _WEIGHTS_A_BYTE = 6000  # at most so many: 8 / -log2(1 - _SURE) is 5,541
@@ -296,10 +297,11 @@ def _code_mask(code: _Code, before: np.ndarray, shape: tuple[int, ...], mask: np
     ones, seen = np.ones(_CONTEXTS, np.int64), np.full(_CONTEXTS, 2, np.int64)
     in_column, expected_in_column = np.zeros(columns, np.int64), np.zeros(columns, np.int64)  # the latter in units
     found = np.zeros((rows, columns), bool)
+    run_length = max(_RUN, rows * columns // _RUNS)
     for row in range(rows):
         in_row = expected_in_row = 0
-        for start in range(0, columns, _RUN):
-            part = slice(start, start + _RUN)
+        for start in range(0, columns, run_length):
+            part = slice(start, start + run_length)
             context = contexts[row, part]
             base = ones[context] * _UNIT // seen[context]
             odds = base / (_UNIT - base)
