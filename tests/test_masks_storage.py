@@ -132,6 +132,7 @@ def test_damaged_files_are_errors(tmp_path):
         b'{"masks": {"a": [1099511627776]}, "own": {}, "scale_bits": null, "coded": [0]}',
         b'{"masks": {"a": [8]}, "own": {"b": ["object", 1]}, "scale_bits": null, "coded": [0]}',
         b'{"masks": {"a": [8]}, "own": {}, "scale_bits": 31, "coded": [0]}',
+        b'{"masks": {"a": [8]}, "own": {}, "scale_bits": 70, "coded": [0]}',
         b'{"masks": {"a": [8]}, "own": {}, "scale_bits": "x", "coded": [0]}',
         b'{"masks": {"a": [8]}, "own": {}, "scale_bits": null, "coded": [-4]}',
         b'{"masks": {"a": [8]}, "own": {}, "scale_bits": null, "coded": []}',

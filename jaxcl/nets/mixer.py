@@ -13,7 +13,7 @@ class Mixer(nn.Module):
     """MLP-Mixer (Tolstikhin et al. 2021), small: layers mix patches and channels in turn; images to logits [B, K].
 
     Layer normalisation has no scale and no bias, and no layer but the last has biases: what is learned lies in kernels.
-    ReLU stands in for GELU, which takes XLA on CPU as long as the products.
+    ReLU stands in for GELU, which is slow on CPU.
     """
 
     classes: int  # K

@@ -98,9 +98,9 @@ def test_what_the_dual_cannot_do_is_refused(tmp_path):
 
 
 def test_a_grid_runs_each_point_once_and_compares_them(tmp_path, capsys, monkeypatch):
-    options = ["--sweep", "codebooks=4", "pairs=16,32"]
+    options = ["--sweep", "codebooks=4,8", "pairs=16,32"]
     document = run_dkvb(tmp_path, *options)
-    folders = ["codebooks=4,pairs=16", "codebooks=4,pairs=32"]
+    folders = [f"codebooks={codebooks},pairs={pairs}" for codebooks in (4, 8) for pairs in (16, 32)]
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*folders, "compare.html"])
     for name in folders:
         config = json.loads((tmp_path / name / "config.json").read_text())
