@@ -31,8 +31,8 @@ from jaxcl.continual import (
 ROOT = Path(__file__).parent.parent
 # From the ground to the roof: a floor imports only from those before it.
 FLOORS = (
-    "typing", "files", "trees", "nearest", "reconstruction", "quantize", "tokenizer", "masked_prior", "bottleneck",
-    "masks", "gaussian", "coding", "adapters", "continual", "nets", "data", "report",
+    "typing", "files", "trees", "threefry", "nearest", "reconstruction", "quantize", "tokenizer", "masked_prior",
+    "bottleneck", "masks", "gaussian", "coding", "adapters", "continual", "nets", "data", "report",
 )  # fmt: skip
 LONGEST = 400
 

@@ -1,7 +1,6 @@
 """Masks: what each method keeps and leaves free, that it is the same for ever, and scales of re-used weights."""
 
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -9,11 +8,9 @@ import numpy as np
 import optax
 import pytest
 from helpers import assert_close
-from scipy import stats
 
 from jaxcl import continual, masks, trees
 from jaxcl.continual import Examples, streams
-from jaxcl.masks.noise import standard_normal
 
 pytestmark = pytest.mark.core
 
@@ -193,16 +190,6 @@ def test_folding_leaves_the_noise_of_the_product_as_it_was():
         assert_close(np.where(claimed, folded, 0), np.where(claimed, deviation, 0))
         np.testing.assert_array_equal(np.asarray(after.scores[path].mean)[claimed], 1)
         np.testing.assert_array_equal(np.asarray(new)[~claimed], np.asarray(old)[~claimed])
-
-
-@pytest.mark.parametrize("shape", [(), (1,), (0,), (3, 67, 1001)])
-def test_draws_are_of_the_standard_normal_distribution(shape):
-    draws = np.asarray(standard_normal(jax.random.key(0), shape)).ravel()
-    assert draws.size == math.prod(shape) and np.isfinite(draws).all()
-    if draws.size > 1:
-        assert stats.kstest(draws, "norm").pvalue > 0.01
-        half = draws.size // 2  # the two draws from each 32 bits have nothing to do with each other
-        assert abs(np.corrcoef(draws[:half], draws[-half:])[0, 1]) < 0.01
 
 
 def test_what_a_task_keeps_in_nats_and_its_ratios_are_recorded():

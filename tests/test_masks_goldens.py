@@ -7,8 +7,8 @@ import optax
 import pytest
 from helpers import assert_close, golden
 
-from jaxcl import masks
-from jaxcl.masks import information_bottleneck, noise, scales
+from jaxcl import masks, threefry
+from jaxcl.masks import information_bottleneck, scales
 
 pytestmark = pytest.mark.core
 
@@ -30,7 +30,7 @@ def noise_of(arrays):
 @pytest.fixture
 def drawn(monkeypatch):
     """Puts given numbers in place of what `noisy` draws."""
-    return lambda values: monkeypatch.setattr(noise, "standard_normal", lambda *_: jnp.asarray(values))
+    return lambda values: monkeypatch.setattr(threefry, "standard_normal", lambda *_: jnp.asarray(values))
 
 
 def penalty(own, arrays, options):

@@ -1,11 +1,11 @@
 """Multiplicative noise on weights (Chen et al. 2023): what it carries, and where it is more noise than signal."""
 
-import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from jaxcl import threefry
 from jaxcl.typing import Array, Key
 
 EPSILON = 1e-8  # the authors': keeps ratios of mean and variance finite
@@ -32,19 +32,8 @@ def draw_noise(key: Key, shape: tuple[int, ...], *, log_variance: float = -9.0, 
 
 def noisy(key: Key, weight: Array, noise: Noise) -> Array:
     """The weight [...] times a draw of its noise; one draw serves the whole batch, as the authors have it."""
-    draw = standard_normal(key, weight.shape).astype(weight.dtype)
+    draw = threefry.standard_normal(key, weight.shape).astype(weight.dtype)
     return weight * (noise.mean + jnp.exp(noise.log_variance / 2) * draw)
-
-
-def standard_normal(key: Key, shape: tuple[int, ...]) -> Array:
-    """Draws [...] from N(0, 1), two of each 32 random bits, which take longest to make.
-
-    A draw is one of 2^16 equally likely quantiles, the outermost at 4.3: fine for noise of training steps.
-    """
-    size = math.prod(shape)
-    bits = jax.random.bits(key, (-(-size // 2),), jnp.uint32)
-    halves = jnp.concatenate([bits >> 16, bits & 0xFFFF])[:size].reshape(shape)
-    return math.sqrt(2) * jax.lax.erf_inv((2 * halves.astype(jnp.float32) + 1) / 2**16 - 1)
 
 
 def information(noise: Noise) -> Array:
