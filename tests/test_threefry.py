@@ -60,6 +60,13 @@ def test_draws_are_of_the_standard_normal_distribution(shape, implementation):
         assert abs(np.corrcoef(draws[:half], draws[-half:])[0, 1]) < 0.01
 
 
+def test_waiting_times_are_exponential_and_finite():
+    draws = np.asarray(threefry.standard_exponential(jax.random.key(0), (500, 401)))
+    assert draws.shape == (500, 401) and (draws > 0).all() and (draws < 17).all()
+    assert stats.kstest(draws.ravel(), "expon").pvalue > 0.01
+    assert stats.kstest(draws.min(axis=1) * 401, "expon").pvalue > 0.01  # the shortest are not rounded
+
+
 def test_keys_give_draws_of_their_own():
     draws = np.asarray([threefry.standard_normal(key, (1000,)) for key in jax.random.split(jax.random.key(1), 20)])
     assert np.abs(np.corrcoef(draws) - np.eye(20)).max() < 0.2
