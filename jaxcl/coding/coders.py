@@ -31,7 +31,9 @@ class Encoded(NamedTuple):
 class Coder(NamedTuple):
     """A way to pick candidates, and how many there may be."""
 
-    encode: Callable[[Key, ArrayLike, ArrayLike, Gaussian, Gaussian], Encoded]  # (key, seed, blocks, q, p); see `mrc`
+    encode: Callable[
+        [Key, ArrayLike | int, ArrayLike, Gaussian, Gaussian], Encoded
+    ]  # (key, seed, blocks, q, p); see `mrc`
     bits: int  # an index is below 2^bits
 
 
@@ -107,7 +109,7 @@ def _coder(bits: int, process: _Process) -> Coder:
     check_between("bits", bits, 1, 30)
     race = jax.jit(partial(_race, count=2**bits, process=process))
 
-    def encode(key: Key, seed: ArrayLike, blocks: ArrayLike, q: Gaussian, p: Gaussian) -> Encoded:
+    def encode(key: Key, seed: ArrayLike | int, blocks: ArrayLike, q: Gaussian, p: Gaussian) -> Encoded:
         check_rank("q.mean", q.mean, 2)
         return race(key, jnp.asarray(seed, jnp.uint32), jnp.asarray(blocks, jnp.uint32), q, p)
 

@@ -3,6 +3,7 @@
 All of it follows from a seed and from the paths, shapes and numbers of values of the leaves, by integers alone.
 """
 
+import functools
 import itertools
 import math
 from collections.abc import Mapping
@@ -98,8 +99,9 @@ class Places(NamedTuple):
     leaf: np.ndarray  # [M, W] int32, the number of the leaf to which the value in a place belongs
 
 
+@functools.lru_cache(1)
 def places(layout: Layout) -> Places:
-    """Where the weights and values of a layout lie. What fills the last block counts for the last leaf."""
+    """Where the weights and values of a layout lie, to be read only. What fills the last block is the last leaf's."""
     total = layout.blocks * layout.width
     order = _permutation(layout.seed, _SHUFFLE, 0, total)
     of_weights, leaf_of, start = {}, np.full(total, len(layout.leaves) - 1, np.int32), 0

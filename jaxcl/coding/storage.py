@@ -44,9 +44,10 @@ class Message(NamedTuple):
     kl: float  # what the sender spent on a block, in the mean, in bits; decoding does not need it
 
 
-def storable(scales: Any) -> np.ndarray:
-    """Scales [...] as a file has them, float32 with the lower 16 bits cut off: both sides must use these."""
-    return (np.asarray(scales, np.float32).view(np.uint32) & 0xFFFF0000).view(np.float32)
+def storable(scales: ArrayLike) -> np.ndarray:
+    """Scales [...] as a file has them, and both sides must use: the nearest float32 whose lower 16 bits are 0."""
+    words = np.asarray(scales, np.float32).view(np.uint32)
+    return (words + 0x8000 & 0xFFFF0000).view(np.float32)
 
 
 def values(message: Message) -> np.ndarray:

@@ -1,0 +1,156 @@
+"""Progressive compression: a posterior over the values of a layout, coded block by block with training in between.
+
+    values -> tree_of_values -> the network's loss -> gradients -> optimizer -> protect -> variables
+                                          ... and now and then encode_next, whose blocks are fixed from then on
+
+What is left to train makes up for what coded blocks came to (Havasi, Peharz and Hernandez-Lobato 2018, algorithm 2).
+"""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxcl import gaussian, threefry
+from jaxcl.coding.coders import Coder, Encoded
+from jaxcl.coding.layout import Layout, places
+from jaxcl.coding.storage import Message, storable, values
+from jaxcl.gaussian import Gaussian
+from jaxcl.typing import Array, Key, PyTree, check_at_least
+
+_SMALLEST_SCALE = 1e-2  # of a prior, in `init`: leaves of zeros, as biases are, have none of their own
+
+
+class Variables(NamedTuple):
+    """What an optimizer trains."""
+
+    raw_mean: Array  # [M, W]
+    raw_spread: Array  # [M, W], shares of `mean_kl`, log scales of `mean_var`
+    log_prior_scale: Array  # [leaves], of priors with mean 0
+
+
+class Posterior(NamedTuple):
+    """A parameterization of the posterior over the values of a layout."""
+
+    init: Callable[[Key, PyTree], Variables]  # (key, params): priors get the scales of these; the key is consumed
+    gaussians: Callable[[Variables], tuple[Gaussian, Gaussian]]  # posterior and prior, leaves [M, W]
+
+
+def mean_kl_posterior(layout: Layout, kl: float) -> Posterior:
+    """Mean-KL (`gaussian.mean_kl`): each block spends `kl` bits, whatever the variables.
+
+    Raises:
+        ValueError: no bits.
+    """
+    check_at_least("kl", kl, 1e-6)
+    leaf_of = places(layout).leaf
+
+    def init(key: Key, params: PyTree) -> Variables:
+        raw_mean = 0.5 * threefry.standard_normal(key, leaf_of.shape)
+        return Variables(raw_mean, jnp.zeros(leaf_of.shape), _log_scales(params))
+
+    def gaussians(variables: Variables) -> tuple[Gaussian, Gaussian]:
+        prior = _prior(variables, leaf_of)
+        return gaussian.mean_kl(variables.raw_mean, variables.raw_spread, kl * math.log(2), prior), prior
+
+    return Posterior(init, gaussians)
+
+
+def mean_var_posterior(layout: Layout) -> Posterior:
+    """Mean-Var, MIRACLE's own: means and log scales in units of the prior; a penalty must bring its KL to a budget."""
+    leaf_of = places(layout).leaf
+
+    def init(key: Key, params: PyTree) -> Variables:
+        raw_mean = 0.5 * threefry.standard_normal(key, leaf_of.shape)
+        return Variables(raw_mean, jnp.full(leaf_of.shape, -2.0), _log_scales(params))
+
+    def gaussians(variables: Variables) -> tuple[Gaussian, Gaussian]:
+        prior = _prior(variables, leaf_of)
+        unit = gaussian.mean_var(variables.raw_mean, variables.raw_spread)
+        return Gaussian(unit.mean * prior.scale, unit.scale * prior.scale), prior
+
+    return Posterior(init, gaussians)
+
+
+def _prior(variables: Variables, leaf_of: np.ndarray) -> Gaussian:
+    scale = jnp.exp(variables.log_prior_scale)[leaf_of]
+    return Gaussian(jnp.zeros_like(scale), scale)
+
+
+def _log_scales(params: PyTree) -> Array:
+    spreads = [jnp.sqrt(jnp.mean(jnp.square(leaf))) for leaf in jax.tree.leaves(params)]
+    return jnp.log(jnp.maximum(jnp.stack(spreads), _SMALLEST_SCALE))
+
+
+class Progress(NamedTuple):
+    """What is coded of M blocks: the first so many."""
+
+    coded: Array  # [] int32
+    indices: Array  # [M] uint32, of those that are
+    values: Array  # [M, W], as they will be decoded
+    kl: Array  # [M], what each spent when it was coded, in bits
+
+
+def nothing_coded(layout: Layout) -> Progress:
+    """The progress [M, W] of a compression that begins."""
+    blocks, width = layout.blocks, layout.width
+    return Progress(
+        jnp.zeros((), jnp.int32), jnp.zeros(blocks, jnp.uint32), jnp.zeros((blocks, width)), jnp.zeros(blocks)
+    )  # fmt: skip
+
+
+def sample_values(key: Key, q: Gaussian, progress: Progress) -> Array:
+    """Values [M, W]: of coded blocks as they are, of the others a draw from the posterior. The key is consumed."""
+    coded = jnp.arange(len(progress.values)) < progress.coded
+    return jnp.where(coded[:, None], progress.values, gaussian.sample(key, q))
+
+
+def protect(updates: Variables, progress: Progress) -> Variables:
+    """Updates [M, W] that leave the priors alone once a block is coded: candidates come from them."""
+    return updates._replace(log_prior_scale=jnp.where(progress.coded > 0, 0, updates.log_prior_scale))
+
+
+def with_storable_priors(variables: Variables) -> Variables:
+    """Variables [M, W] whose priors have scales that a file can hold: with these, coding begins."""
+    return variables._replace(log_prior_scale=jnp.log(storable(jnp.exp(variables.log_prior_scale))))
+
+
+def encode_next(
+    key: Key, coder: Coder, layout: Layout, posterior: Posterior, variables: Variables, progress: Progress, count: int
+) -> tuple[Progress, Encoded]:  # fmt: skip
+    """Codes the next blocks; what they stand for is decoded as any receiver will decode it.
+
+    Args:
+        key: the sender's own randomness; consumed.
+        coder: `mrc`, `orc` or `astar`, the same for all blocks.
+        layout: of the values.
+        posterior: of the variables.
+        variables: [M, W], as `with_storable_priors` gives them.
+        progress: [M, W], so far.
+        count: how many blocks; calls with the same count share a compilation.
+
+    Returns:
+        The progress, and what the coder says of the blocks [count]; where fewer were left, the last one comes again.
+    """
+    start = int(progress.coded)
+    end = min(start + count, layout.blocks)
+    blocks = np.minimum(start + np.arange(count), layout.blocks - 1)
+    q, p = (Gaussian(of.mean[blocks], of.scale[blocks]) for of in posterior.gaussians(variables))
+    encoded = coder.encode(key, layout.seed, blocks, q, p)
+    spent = gaussian.kl(q, p).sum(axis=1) / math.log(2)
+    own = slice(start, end)
+    progress = progress._replace(
+        coded=jnp.asarray(end, jnp.int32), indices=progress.indices.at[own].set(encoded.indices[: end - start]),
+        kl=progress.kl.at[own].set(spent[: end - start]),
+    )  # fmt: skip
+    decoded = values(message(coder, layout, variables, progress))[own]
+    return progress._replace(values=progress.values.at[own].set(decoded)), encoded
+
+
+def message(coder: Coder, layout: Layout, variables: Variables, progress: Progress) -> Message:
+    """What a file holds of the variables [M, W] and the progress [M, W]; blocks that are not coded have the index 0."""
+    scales = storable(np.exp(np.asarray(variables.log_prior_scale)))
+    return Message(layout, scales, coder.bits, np.asarray(progress.indices), float(progress.kl.mean()))

@@ -1,0 +1,117 @@
+"""Progressive compression of a small network: what is coded stays, what is left learns, the file holds both."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from helpers import assert_close
+
+from jaxcl import coding, gaussian, nets, trees
+from jaxcl.gaussian import Gaussian
+
+pytestmark = pytest.mark.core
+NET = nets.MLP((16,), 3)
+INPUTS = jax.random.normal(jax.random.key(0), (240, 6))
+LABELS = jnp.argmax(INPUTS[:, :3] + INPUTS[:, 3:], axis=1)
+PARAMS = NET.init(jax.random.key(1), INPUTS[:1])
+LAYOUT = coding.layout_of(PARAMS, width=10, seed=5, values={"params/Dense_0/kernel": 60})
+PLACES = coding.places(LAYOUT)
+KL = 9.0
+POSTERIORS = {"mean_kl": coding.mean_kl_posterior(LAYOUT, KL), "mean_var": coding.mean_var_posterior(LAYOUT)}
+
+
+def loss(variables, key, progress, posterior):
+    q, _ = posterior.gaussians(variables)
+    params = coding.tree_of_values(PLACES.of_weights, coding.sample_values(key, q, progress))
+    return optax.softmax_cross_entropy_with_integer_labels(NET.apply(params, INPUTS), LABELS).mean()
+
+
+@pytest.mark.parametrize("name", POSTERIORS)
+def test_posteriors_begin_at_the_scales_of_the_network(name):
+    posterior = POSTERIORS[name]
+    variables = posterior.init(jax.random.key(0), PARAMS)
+    q, p = posterior.gaussians(variables)
+    shape = (LAYOUT.blocks, LAYOUT.width)
+    assert all(leaf.shape == shape for leaf in (*q, *p))
+    leaves = trees.leaves_by_path(PARAMS)
+    for number, path in enumerate(leaves):
+        own = np.asarray(PLACES.leaf) == number
+        scale = max(float(jnp.sqrt(jnp.mean(leaves[path] ** 2))), 1e-2)
+        assert_close(np.asarray(p.scale)[own], np.full(own.sum(), scale))
+    assert not np.asarray(p.mean).any()
+    spent = gaussian.kl(q, p).sum(axis=1) / math.log(2)
+    if name == "mean_kl":
+        np.testing.assert_allclose(spent, KL, rtol=1e-5)
+    else:
+        assert_close(q.mean, variables.raw_mean * p.scale)
+        assert_close(q.scale, np.exp(-2) * np.asarray(p.scale))
+
+
+def test_a_network_is_compressed_while_it_trains(tmp_path):
+    posterior, coder, tx = POSTERIORS["mean_kl"], coding.orc(13), optax.adam(3e-2)
+    variables = posterior.init(jax.random.key(0), PARAMS)
+    progress, state = coding.nothing_coded(LAYOUT), tx.init(variables)
+
+    @jax.jit
+    def step(key, variables, state, progress):
+        value, gradients = jax.value_and_grad(loss)(variables, key, progress, posterior)
+        updates, state = tx.update(gradients, state)
+        return optax.apply_updates(variables, coding.protect(updates, progress)), state, value
+
+    keys = jax.random.split(jax.random.key(2), 400)
+    for key in keys[:200]:
+        variables, state, _ = step(key, variables, state, progress)
+    variables = coding.with_storable_priors(variables)
+    priors, effective = variables.log_prior_scale, []
+    for number, start in enumerate(range(0, LAYOUT.blocks, 4)):
+        before = progress
+        progress, encoded = coding.encode_next(
+            jax.random.key(100 + number), coder, LAYOUT, posterior, variables, progress, 4
+        )
+        effective.append(np.asarray(encoded.effective_sample_size))
+        assert int(progress.coded) == min(start + 4, LAYOUT.blocks)
+        for old, new in zip(before[1:], progress[1:], strict=True):
+            np.testing.assert_array_equal(np.asarray(old)[:start], np.asarray(new)[:start])
+            assert not np.asarray(new)[start + 4 :].any()
+        for key in keys[200 + 10 * number : 210 + 10 * number]:
+            variables, state, _ = step(key, variables, state, progress)
+    np.testing.assert_array_equal(variables.log_prior_scale, priors)
+    np.testing.assert_allclose(progress.kl, KL, rtol=1e-5)
+    assert np.concatenate(effective).min() >= 1
+
+    coding.save(tmp_path / "w.jcl", coding.message(coder, LAYOUT, variables, progress))
+    read = coding.load(tmp_path / "w.jcl")
+    assert read.kl == pytest.approx(KL, abs=0.01)
+    trained = coding.tree_of_values(PLACES.of_weights, progress.values)
+    for path, leaf in trees.leaves_by_path(coding.decode(read)).items():
+        np.testing.assert_array_equal(leaf, trees.leaves_by_path(trained)[path])
+    accuracy = jnp.mean(jnp.argmax(NET.apply(coding.decode(read), INPUTS), axis=1) == LABELS)
+    assert accuracy > 0.8  # chance is a third
+    assert step._cache_size() == 1
+
+
+def test_scales_that_were_stored_stay_as_they_are():
+    scales = np.exp(np.random.default_rng(0).uniform(-20, 20, 2000)).astype(np.float32)
+    stored = coding.storable(scales)
+    np.testing.assert_allclose(stored, scales, rtol=2**-8)
+    assert not (stored.view(np.uint32) & 0xFFFF).any()
+    for nearby in (np.nextafter(stored, np.float32(0)), np.nextafter(stored, np.float32(np.inf))):
+        np.testing.assert_array_equal(coding.storable(nearby), stored)
+
+
+def test_only_blocks_that_are_not_coded_are_sampled():
+    q = Gaussian(jnp.full((4, 2), 5.0), jnp.ones((4, 2)))
+    progress = coding.Progress(
+        jnp.asarray(3), jnp.zeros(4, jnp.uint32), jnp.arange(8.0).reshape(4, 2), jnp.zeros(4)
+    )  # fmt: skip
+    drawn = coding.sample_values(jax.random.key(0), q, progress)
+    np.testing.assert_array_equal(drawn[:3], progress.values[:3])
+    assert (np.abs(np.asarray(drawn[3]) - 5) < 5).all() and not np.array_equal(drawn[3], progress.values[3])
+
+
+def test_a_budget_must_be_there():
+    with pytest.raises(ValueError, match="kl: got 0"):
+        coding.mean_kl_posterior(LAYOUT, 0)
