@@ -43,7 +43,7 @@ from jax.sharding import PartitionSpec as P
 from tqdm import tqdm
 
 from experiments.card import Card
-from jaxcl import bottleneck, continual, masks, nearest, nets, quantize, report, tokenizer
+from jaxcl import bottleneck, coding, continual, gaussian, masks, nearest, nets, quantize, report, tokenizer
 from jaxcl.continual import Strategy, streams
 from jaxcl.continual.programs import Resident, Tables, compile_programs
 from jaxcl.continual.sharding import DATA, MODEL, Layout
@@ -209,6 +209,39 @@ def of_tokenizer(layout: Layout) -> Program:
     return Program(jax.jit(trainer.step, donate_argnums=1), arguments)
 
 
+def of_compression(layout: Layout, member: str) -> Program:
+    """LeNet-5 in 888 blocks of 30 values, split over devices: a Mean-KL step on 4,096 images, or 20 bits for each."""
+    net = nets.LeNet5(CLASSES)
+    key = jax.eval_shape(jax.random.key, 0)
+    params = jax.eval_shape(net.init, key, jax.ShapeDtypeStruct((1, 28, 28, 1), jnp.float32))
+    values = {"params/Dense_0/kernel": 11_560, "params/Conv_1/kernel": 9_000}
+    blocks = coding.layout_of(params, width=30, values=values)
+    if member == "encode":
+        one = placed(layout, jax.ShapeDtypeStruct((blocks.blocks, blocks.width), jnp.float32), DATA)
+        numbers = placed(layout, jax.ShapeDtypeStruct((blocks.blocks,), jnp.uint32), DATA)
+        seed = placed(layout, jax.ShapeDtypeStruct((), jnp.uint32))
+        q, p = gaussian.Gaussian(one, one), gaussian.Gaussian(one, one)
+        return Program(jax.jit(coding.orc(20).encode), (placed(layout, key), seed, numbers, q, p))
+
+    def loss(params: PyTree, batch: tuple[jax.Array, jax.Array]) -> jax.Array:
+        images, labels = batch
+        return optax.softmax_cross_entropy_with_integer_labels(net.apply(params, images), labels).mean()
+
+    trainer = coding.trainer(blocks, coding.mean_kl_posterior(blocks, 14.0), optax.adam(1e-3), loss)
+    state = jax.eval_shape(trainer.init, key, params)
+    progress = jax.eval_shape(lambda: coding.nothing_coded(blocks))
+
+    def by_block(leaf: jax.ShapeDtypeStruct) -> PyTree:
+        return placed(layout, leaf, *((DATA,) if leaf.shape[:1] == (blocks.blocks,) else ()))
+
+    batch = jax.ShapeDtypeStruct((4096, 28, 28, 1), jnp.float32), jax.ShapeDtypeStruct((4096,), jnp.int32)
+    arguments = (
+        placed(layout, key), jax.tree.map(by_block, state), jax.tree.map(by_block, progress),
+        tuple(placed(layout, leaf, DATA) for leaf in batch),
+    )  # fmt: skip
+    return Program(jax.jit(trainer.step, donate_argnums=1), arguments)
+
+
 # A new method's steps go here: {name: function from a layout of all devices to what is to be compiled}.
 STEPS: dict[str, Callable[[Layout], Program]] = {
     "mlp_naive_train": partial(of_learner, member="train", strategy_of=continual.naive, learner=MLP),
@@ -229,6 +262,8 @@ STEPS: dict[str, Callable[[Layout], Program]] = {
     "nearest_262144_codes_split": partial(of_search, vectors=65_536, codes=262_144, split_codes=True),
     "nearest_16777216_codes_split": partial(of_search, vectors=65_536, codes=16_777_216, split_codes=True),
     "simvq_tokenizer_train": of_tokenizer,
+    "lenet5_mean_kl_train": partial(of_compression, member="train"),
+    "lenet5_encode_20_bits": partial(of_compression, member="encode"),
 }
 
 

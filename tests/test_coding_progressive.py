@@ -20,13 +20,47 @@ PARAMS = NET.init(jax.random.key(1), INPUTS[:1])
 LAYOUT = coding.layout_of(PARAMS, width=10, seed=5, values={"params/Dense_0/kernel": 60})
 PLACES = coding.places(LAYOUT)
 KL = 9.0
-POSTERIORS = {"mean_kl": coding.mean_kl_posterior(LAYOUT, KL), "mean_var": coding.mean_var_posterior(LAYOUT)}
+POSTERIORS = {"mean_kl": coding.mean_kl_posterior(LAYOUT, KL), "mean_var": coding.mean_var_posterior(LAYOUT, KL)}
 
 
-def loss(variables, key, progress, posterior):
-    q, _ = posterior.gaussians(variables)
-    params = coding.tree_of_values(PLACES.of_weights, coding.sample_values(key, q, progress))
-    return optax.softmax_cross_entropy_with_integer_labels(NET.apply(params, INPUTS), LABELS).mean()
+def loss(params, batch):
+    inputs, labels = batch
+    return optax.softmax_cross_entropy_with_integer_labels(NET.apply(params, inputs), labels).mean()
+
+
+def test_a_step_is_one_of_the_optimizer_on_one_draw():
+    posterior, progress = POSTERIORS["mean_kl"], coding.nothing_coded(LAYOUT)
+    trainer = coding.trainer(LAYOUT, posterior, optax.sgd(0.1), loss)
+    state = trainer.init(jax.random.key(0), PARAMS)
+    after, told = trainer.step(jax.random.key(1), state, progress, (INPUTS, LABELS))
+
+    def of_draw(variables):
+        q, _ = posterior.gaussians(variables)
+        draw = gaussian.sample(jax.random.key(1), q)
+        return loss(coding.tree_of_values(PLACES.of_weights, draw), (INPUTS, LABELS))
+
+    value, gradients = jax.value_and_grad(of_draw)(state.variables)
+    assert_close(told.loss, value)
+    assert_close(told.kl, KL)
+    for new, old, gradient in zip(after.variables, state.variables, gradients, strict=True):
+        assert_close(new, old - 0.1 * gradient)
+
+
+def test_the_penalty_brings_blocks_to_their_budget():
+    trainer = coding.trainer(
+        LAYOUT, POSTERIORS["mean_var"], optax.adam(3e-2), loss, penalty=1e-4, penalty_rate=2e-2
+    )  # fmt: skip
+    state, step, progress = trainer.init(jax.random.key(0), PARAMS), jax.jit(trainer.step), coding.nothing_coded(LAYOUT)
+    _, first = step(jax.random.key(1), state, progress, (INPUTS, LABELS))
+    assert first.kl > 2 * KL
+    for key in jax.random.split(jax.random.key(2), 600):
+        state, told = step(key, state, progress, (INPUTS, LABELS))
+    assert abs(told.kl - KL) < 0.15 * KL
+    halfway = progress._replace(coded=jnp.asarray(LAYOUT.blocks - 1))
+    after, told = step(jax.random.key(3), state, halfway, (INPUTS, LABELS))
+    spent = gaussian.kl(*POSTERIORS["mean_var"].gaussians(state.variables)).sum(axis=1) / math.log(2)
+    assert_close(told.kl, spent[-1], 1e-4)  # of the one that is left
+    assert np.asarray(after.log_penalty < state.log_penalty)[:-1].all()
 
 
 @pytest.mark.parametrize("name", POSTERIORS)
@@ -51,25 +85,18 @@ def test_posteriors_begin_at_the_scales_of_the_network(name):
 
 
 def test_a_network_is_compressed_while_it_trains(tmp_path):
-    posterior, coder, tx = POSTERIORS["mean_kl"], coding.orc(13), optax.adam(3e-2)
-    variables = posterior.init(jax.random.key(0), PARAMS)
-    progress, state = coding.nothing_coded(LAYOUT), tx.init(variables)
-
-    @jax.jit
-    def step(key, variables, state, progress):
-        value, gradients = jax.value_and_grad(loss)(variables, key, progress, posterior)
-        updates, state = tx.update(gradients, state)
-        return optax.apply_updates(variables, coding.protect(updates, progress)), state, value
-
+    posterior, coder = POSTERIORS["mean_kl"], coding.orc(13)
+    trainer = coding.trainer(LAYOUT, posterior, optax.adam(3e-2), loss)
+    state, progress, step = trainer.init(jax.random.key(0), PARAMS), coding.nothing_coded(LAYOUT), jax.jit(trainer.step)
     keys = jax.random.split(jax.random.key(2), 400)
     for key in keys[:200]:
-        variables, state, _ = step(key, variables, state, progress)
-    variables = coding.with_storable_priors(variables)
-    priors, effective = variables.log_prior_scale, []
+        state, _ = step(key, state, progress, (INPUTS, LABELS))
+    state = state._replace(variables=coding.with_storable_priors(state.variables))
+    priors, effective = state.variables.log_prior_scale, []
     for number, start in enumerate(range(0, LAYOUT.blocks, 4)):
         before = progress
         progress, encoded = coding.encode_next(
-            jax.random.key(100 + number), coder, LAYOUT, posterior, variables, progress, 4
+            jax.random.key(100 + number), coder, LAYOUT, posterior, state.variables, progress, 4
         )
         effective.append(np.asarray(encoded.effective_sample_size))
         assert int(progress.coded) == min(start + 4, LAYOUT.blocks)
@@ -77,12 +104,12 @@ def test_a_network_is_compressed_while_it_trains(tmp_path):
             np.testing.assert_array_equal(np.asarray(old)[:start], np.asarray(new)[:start])
             assert not np.asarray(new)[start + 4 :].any()
         for key in keys[200 + 10 * number : 210 + 10 * number]:
-            variables, state, _ = step(key, variables, state, progress)
-    np.testing.assert_array_equal(variables.log_prior_scale, priors)
+            state, _ = step(key, state, progress, (INPUTS, LABELS))
+    np.testing.assert_array_equal(state.variables.log_prior_scale, priors)
     np.testing.assert_allclose(progress.kl, KL, rtol=1e-5)
     assert np.concatenate(effective).min() >= 1
 
-    coding.save(tmp_path / "w.jcl", coding.message(coder, LAYOUT, variables, progress))
+    coding.save(tmp_path / "w.jcl", coding.message(coder, LAYOUT, state.variables, progress))
     read = coding.load(tmp_path / "w.jcl")
     assert read.kl == pytest.approx(KL, abs=0.01)
     trained = coding.tree_of_values(PLACES.of_weights, progress.values)

@@ -12,21 +12,25 @@ from jaxcl.coding.layout import Layout, Leaf, Places, layout_of, places, tree_of
 from jaxcl.coding.progressive import (
     Posterior,
     Progress,
+    Told,
+    Trainer,
+    TrainState,
     Variables,
     encode_next,
     mean_kl_posterior,
     mean_var_posterior,
     message,
     nothing_coded,
-    protect,
     sample_values,
+    trainer,
     with_storable_priors,
 )
 from jaxcl.coding.storage import Message, decode, load, save, storable, values
 
 __all__ = [
-    "Coder", "Encoded", "Layout", "Leaf", "Message", "Places", "Posterior", "Progress", "Variables", "astar",
+    "Coder", "Encoded", "Layout", "Leaf", "Message", "Places", "Posterior", "Progress", "Told",
+    "TrainState", "Trainer", "Variables", "astar",
     "chosen_candidates", "decode", "encode_next", "exact_normal_of_word", "layout_of", "load", "mean_kl_posterior",
-    "mean_var_posterior", "message", "mrc", "nothing_coded", "orc", "places", "protect", "sample_values", "save",
-    "storable", "tree_of_values", "values", "with_storable_priors",
+    "mean_var_posterior", "message", "mrc", "nothing_coded", "orc", "places", "sample_values", "save", "storable",
+    "trainer", "tree_of_values", "values", "with_storable_priors",
 ]  # fmt: skip

@@ -1,6 +1,6 @@
 """Progressive compression: a posterior over the values of a layout, coded block by block with training in between.
 
-    values -> tree_of_values -> the network's loss -> gradients -> optimizer -> protect -> variables
+    values -> tree_of_values -> the network's loss -> gradients -> optimizer -> variables
                                           ... and now and then encode_next, whose blocks are fixed from then on
 
 What is left to train makes up for what coded blocks came to (Havasi, Peharz and Hernandez-Lobato 2018, algorithm 2).
@@ -13,10 +13,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from jaxcl import gaussian, threefry
 from jaxcl.coding.coders import Coder, Encoded
-from jaxcl.coding.layout import Layout, places
+from jaxcl.coding.layout import Layout, places, tree_of_values
 from jaxcl.coding.storage import Message, storable, values
 from jaxcl.gaussian import Gaussian
 from jaxcl.typing import Array, Key, PyTree, check_at_least
@@ -37,6 +38,7 @@ class Posterior(NamedTuple):
 
     init: Callable[[Key, PyTree], Variables]  # (key, params): priors get the scales of these; the key is consumed
     gaussians: Callable[[Variables], tuple[Gaussian, Gaussian]]  # posterior and prior, leaves [M, W]
+    budget: float | None = None  # bits to which a penalty has to bring each block; None if they hold by themselves
 
 
 def mean_kl_posterior(layout: Layout, kl: float) -> Posterior:
@@ -59,8 +61,13 @@ def mean_kl_posterior(layout: Layout, kl: float) -> Posterior:
     return Posterior(init, gaussians)
 
 
-def mean_var_posterior(layout: Layout) -> Posterior:
-    """Mean-Var, MIRACLE's own: means and log scales in units of the prior; a penalty must bring its KL to a budget."""
+def mean_var_posterior(layout: Layout, kl: float) -> Posterior:
+    """Mean-Var, MIRACLE's own: means and log scales in units of the prior; a penalty brings a block's KL to `kl` bits.
+
+    Raises:
+        ValueError: no bits.
+    """
+    check_at_least("kl", kl, 1e-6)
     leaf_of = places(layout).leaf
 
     def init(key: Key, params: PyTree) -> Variables:
@@ -72,7 +79,7 @@ def mean_var_posterior(layout: Layout) -> Posterior:
         unit = gaussian.mean_var(variables.raw_mean, variables.raw_spread)
         return Gaussian(unit.mean * prior.scale, unit.scale * prior.scale), prior
 
-    return Posterior(init, gaussians)
+    return Posterior(init, gaussians, kl)
 
 
 def _prior(variables: Variables, leaf_of: np.ndarray) -> Gaussian:
@@ -108,14 +115,78 @@ def sample_values(key: Key, q: Gaussian, progress: Progress) -> Array:
     return jnp.where(coded[:, None], progress.values, gaussian.sample(key, q))
 
 
-def protect(updates: Variables, progress: Progress) -> Variables:
-    """Updates [M, W] that leave the priors alone once a block is coded: candidates come from them."""
-    return updates._replace(log_prior_scale=jnp.where(progress.coded > 0, 0, updates.log_prior_scale))
-
-
 def with_storable_priors(variables: Variables) -> Variables:
     """Variables [M, W] whose priors have scales that a file can hold: with these, coding begins."""
     return variables._replace(log_prior_scale=jnp.log(storable(jnp.exp(variables.log_prior_scale))))
+
+
+class TrainState(NamedTuple):
+    """What a step changes."""
+
+    variables: Variables
+    opt_state: PyTree
+    log_penalty: Array  # [M], the logarithm of what a nat of each block counts in the loss; only for a budget
+
+
+class Told(NamedTuple):
+    """What a step tells."""
+
+    loss: Array  # [], without the penalty
+    kl: Array  # [], in bits, of the blocks that are not coded, in the mean
+
+
+class Trainer(NamedTuple):
+    """Training of a posterior while it is coded."""
+
+    init: Callable[[Key, PyTree], TrainState]  # (key, params) -> state; the key is consumed
+    step: Callable[[Key, TrainState, Progress, PyTree], tuple[TrainState, Told]]  # (key, state, progress, batch)
+
+
+def trainer(
+    layout: Layout, posterior: Posterior, tx: optax.GradientTransformation, loss: Callable[[PyTree, PyTree], Array],
+    *, penalty: float = 1e-6, penalty_rate: float = 5e-3,
+) -> Trainer:  # fmt: skip
+    """Steps by one draw of the posterior each; once a block is coded priors stand still: candidates come of them.
+
+    A posterior with a budget gets MIRACLE's penalty: what a nat of a block counts grows with each step in which the
+    block is above the budget, and shrinks with the others (Havasi et al. 2018, section 3.3).
+
+    Args:
+        layout: of the values.
+        posterior: of their parameterization.
+        tx: optimizer of `Variables`.
+        loss: (params, batch) -> [], the mean over a batch, in nats.
+        penalty: what a nat counts at first.
+        penalty_rate: by what share of itself that changes in a step.
+    """
+    of_weights = places(layout).of_weights
+    blocks = jnp.arange(layout.blocks)
+
+    def init(key: Key, params: PyTree) -> TrainState:
+        variables = posterior.init(key, params)
+        return TrainState(variables, tx.init(variables), jnp.full(layout.blocks, math.log(penalty)))
+
+    def step(key: Key, state: TrainState, progress: Progress, batch: PyTree) -> tuple[TrainState, Told]:
+        waiting = blocks >= progress.coded
+
+        def objective(variables: Variables) -> tuple[Array, tuple[Array, Array]]:
+            q, p = posterior.gaussians(variables)
+            found = loss(tree_of_values(of_weights, sample_values(key, q, progress)), batch)
+            nats = jnp.where(waiting, gaussian.kl(q, p).sum(axis=1), 0)
+            weighted = jnp.sum(jnp.exp(state.log_penalty) * nats) if posterior.budget is not None else 0
+            return found + weighted, (found, nats)
+
+        gradients, (found, nats) = jax.grad(objective, has_aux=True)(state.variables)
+        updates, opt_state = tx.update(gradients, state.opt_state, state.variables)
+        updates = updates._replace(log_prior_scale=jnp.where(progress.coded > 0, 0, updates.log_prior_scale))
+        bits = nats / math.log(2)
+        log_penalty = state.log_penalty
+        if posterior.budget is not None:
+            log_penalty += penalty_rate * jnp.where(bits > posterior.budget, 1, -1)
+        told = Told(found, bits.sum() / jnp.maximum(waiting.sum(), 1))
+        return TrainState(optax.apply_updates(state.variables, updates), opt_state, log_penalty), told
+
+    return Trainer(init, step)
 
 
 def encode_next(
