@@ -131,8 +131,17 @@ def preset(name: str, data: str) -> Config:
     if kind == "digits":
         return Config(**shared, epochs=30, batch_size=32, hidden=(100, 50), ibm_penalty=3e-2)
     if kind == "mnist":
-        return Config(**shared, tasks=20, epochs=5, packnet_share=0.05, wsn_sparsity=0.5)
-    return Config(**shared, stream="split", tasks=5, network="mixer", epochs=20, batch_size=64)
+        return Config(**shared, tasks=20, epochs=5, packnet_share=0.05, wsn_sparsity=0.65)
+    return Config(
+        **shared,
+        stream="split",
+        tasks=5,
+        network="mixer",
+        epochs=10,
+        batch_size=64,
+        packnet_share=0.1,
+        ewc_strength=100.0,
+    )
 
 
 def _published(kind: str, shared: Mapping[str, Any]) -> Config:
