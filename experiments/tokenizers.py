@@ -4,7 +4,6 @@ A row of the table is a quantizer of some size, "simvq:65536" say. All rows have
 data order. Each is trained with checkpoints, measured once at the end, and kept in the folder as soon as it is done.
 """
 
-import csv
 import dataclasses
 import io
 import os
@@ -20,7 +19,8 @@ import numpy as np
 import optax
 from tqdm import tqdm
 
-from experiments.common import BaseConfig, claim_folder, environment, finished_before, over_seeds
+from experiments.common import BaseConfig, claim_folder, environment, finished_before
+from experiments.rows import columns, file_name, history_csv
 from experiments.token_prior import sampled_tokens
 from jaxcl import files, quantize, report, tokenizer, trees
 from jaxcl.continual.checkpoints import Checkpoint, Checkpoints
@@ -170,8 +170,8 @@ def run(config: TokenizerConfig, experiment: str, material: Material) -> dict[st
     histories: dict[str, list[dict[str, float]]] = {}
     for name, row in rows.items():
         of_seeds = [_Row(config, material, name, *row, seed).outcome() for seed in range(config.seeds)]
-        results[name] = _columns([one["results"] for one in of_seeds])
-        costs[name] = _columns([one["costs"] for one in of_seeds])
+        results[name] = columns([one["results"] for one in of_seeds])
+        costs[name] = columns([one["costs"] for one in of_seeds])
         histories[name] = of_seeds[0]["history"]
     document = {
         "experiment": experiment,
@@ -186,7 +186,7 @@ def run(config: TokenizerConfig, experiment: str, material: Material) -> dict[st
     if config.prior_row is not None:
         shown["sampled by a prior"] = _Row(config, material, config.prior_row, *rows[config.prior_row], 0).sampled()
     figures = material.figures(shown) | _curves(histories)
-    files.write_atomic(config.out / "history.csv", _history(histories))
+    files.write_atomic(config.out / "history.csv", history_csv(histories))
     files.write_atomic(config.out / "report.html", report.html_report(document, figures))
     report.write_json(config.out / "metrics.json", document)  # last: it says that the run is finished
     print(report.results_table(results, costs))
@@ -217,7 +217,7 @@ class _Row:
 
     def outcome(self) -> dict[str, Any]:
         """Results, costs and history, as kept in the folder; worked out if they are not there yet."""
-        path = self._config.out / "rows" / f"{_file_name(self._name)}-{self._seed}.json"
+        path = self._config.out / "rows" / f"{file_name(self._name)}-{self._seed}.json"
         if path.exists():
             kept: dict[str, Any] = report.read_json(path)
             return kept
@@ -289,7 +289,7 @@ class _Row:
     def _keeper(self, of: str) -> Checkpoints:
         checkpoint = Checkpoint(self._config.out / "checkpoints", self._config.checkpoint_seconds)
         identity = {"row": self._name, "seed": self._seed}
-        return Checkpoints(checkpoint, f"{_file_name(self._name)}-{self._seed}-{of}", identity, alone=True)
+        return Checkpoints(checkpoint, f"{file_name(self._name)}-{self._seed}-{of}", identity, alone=True)
 
     def _start(self, keeper: Checkpoints) -> tuple[TrainState, Array, dict[str, Any], Array]:
         """State, counts of codes since the last record, the record, and the key of all steps: new, or as they were."""
@@ -427,10 +427,6 @@ def _pieces(count: int, size: int) -> list[np.ndarray]:
     return np.split(np.arange(count), range(size, count, size))
 
 
-def _columns(of_seeds: Sequence[Mapping[str, float]]) -> dict[str, Any]:
-    return over_seeds(**{name: [one[name] for one in of_seeds] for name in of_seeds[0]})
-
-
 def _curves(histories: Mapping[str, Sequence[Mapping[str, float]]]) -> dict[str, "Figure"]:
     def curves(metric: str, factor: float = 1.0) -> dict[str, np.ndarray]:
         return {
@@ -448,25 +444,8 @@ def _curves(histories: Mapping[str, Sequence[Mapping[str, float]]]) -> dict[str,
     }
 
 
-def _history(histories: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
-    """CSV of the first seed: row, step, metric, value."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["row", "step", "metric", "value"])
-    for name, history in histories.items():
-        for entry in history:
-            for metric, value in entry.items():
-                if metric != "step":
-                    writer.writerow([name, entry["step"], metric, repr(value)])
-    return text.getvalue()
-
-
-def _file_name(row: str) -> str:
-    return row.replace(":", "-")
-
-
 def _examples_path(config: TokenizerConfig, row: str, seed: int) -> Path:
-    return config.out / "rows" / f"{_file_name(row)}-{seed}.npy"
+    return config.out / "rows" / f"{file_name(row)}-{seed}.npy"
 
 
 def _forget_peak() -> None:

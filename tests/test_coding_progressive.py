@@ -56,6 +56,7 @@ def test_the_penalty_brings_blocks_to_their_budget():
     for key in jax.random.split(jax.random.key(2), 600):
         state, told = step(key, state, progress, (INPUTS, LABELS))
     assert abs(told.kl - KL) < 0.15 * KL
+    assert step._cache_size() == 1
     halfway = progress._replace(coded=jnp.asarray(LAYOUT.blocks - 1))
     after, told = step(jax.random.key(3), state, halfway, (INPUTS, LABELS))
     spent = gaussian.kl(*POSTERIORS["mean_var"].gaussians(state.variables)).sum(axis=1) / math.log(2)

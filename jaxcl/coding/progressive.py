@@ -72,7 +72,7 @@ def mean_var_posterior(layout: Layout, kl: float) -> Posterior:
 
     def init(key: Key, params: PyTree) -> Variables:
         raw_mean = 0.5 * threefry.standard_normal(key, leaf_of.shape)
-        return Variables(raw_mean, jnp.full(leaf_of.shape, -2.0), _log_scales(params))
+        return Variables(raw_mean, jnp.full(leaf_of.shape, -2, jnp.float32), _log_scales(params))
 
     def gaussians(variables: Variables) -> tuple[Gaussian, Gaussian]:
         prior = _prior(variables, leaf_of)
@@ -144,7 +144,7 @@ class Trainer(NamedTuple):
 
 def trainer(
     layout: Layout, posterior: Posterior, tx: optax.GradientTransformation, loss: Callable[[PyTree, PyTree], Array],
-    *, penalty: float = 1e-6, penalty_rate: float = 5e-3,
+    *, penalty: float = 1e-5, penalty_rate: float = 2e-3,
 ) -> Trainer:  # fmt: skip
     """Steps by one draw of the posterior each; once a block is coded priors stand still: candidates come of them.
 
@@ -164,7 +164,7 @@ def trainer(
 
     def init(key: Key, params: PyTree) -> TrainState:
         variables = posterior.init(key, params)
-        return TrainState(variables, tx.init(variables), jnp.full(layout.blocks, math.log(penalty)))
+        return TrainState(variables, tx.init(variables), jnp.full(layout.blocks, math.log(penalty), jnp.float32))
 
     def step(key: Key, state: TrainState, progress: Progress, batch: PyTree) -> tuple[TrainState, Told]:
         waiting = blocks >= progress.coded

@@ -14,15 +14,20 @@ Results = Mapping[str, Mapping[str, Mapping[str, Any]]]  # method -> metric -> {
 SHARES = (
     *("acc", "forgetting", "bwt", "fwt", "learning_accuracy"),
     *("utilisation", "classifier_accuracy", "kept_accuracy", "stoi_clips", "pesq_clips"),
+    *("error", "error_of_mean", "error_of_draw"),
 )
-# Of a tokenizer; each in its own unit, to so many decimals.
-DECIMALS = {"perplexity": 0, "psnr": 2, "ssim": 3, "frechet": 2, "mel_distance": 3, "si_sdr": 2, "stoi": 3, "pesq": 2}
+# Of a tokenizer or a compressed network; each in its own unit, to so many decimals.
+DECIMALS = {
+    "perplexity": 0, "psnr": 2, "ssim": 3, "frechet": 2, "mel_distance": 3, "si_sdr": 2, "stoi": 3, "pesq": 2,
+    "kl_bits": 2, "spent_bits": 2,
+}  # fmt: skip
 METRICS = (*SHARES, *DECIMALS, "parameters", "bytes", "seconds", "examples_per_second", "peak_memory")
 # Where it is not the metric's name with spaces.
 HEADINGS = {
     "examples_per_second": "examples/s", "psnr": "PSNR dB", "ssim": "SSIM", "frechet": "Frechet distance",
     "si_sdr": "SI-SDR dB", "stoi": "STOI", "pesq": "PESQ",
     "stoi_clips": "clips with STOI", "pesq_clips": "clips with PESQ",
+    "kl_bits": "KL bits a block", "spent_bits": "spent bits a block",
 }  # fmt: skip
 KEYS = ("experiment", "preset", "config", "results", "costs", "environment", "seconds")  # of metrics.json
 UNDEFINED = "-"

@@ -1,0 +1,413 @@
+"""A network in a kilobyte or two: MIRACLE with Mean-KL, beside Mean-Var at the same budgets.
+
+A row of the table is a parameterization of the posterior and its budget, "mean_kl:11" with 11 bits a block. Each is
+trained for some epochs, then coded block by block while what is left goes on training, written to a file, and read
+again: error and bytes are those of the file, header included. The error of the posterior's mean, and of a draw from it,
+are those before anything was coded.
+
+python -m experiments.miracle --data mnist
+python -m jaxcl.coding inspect runs/miracle/files/mean_kl-11-0.jcl
+"""
+
+import dataclasses
+import math
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from tqdm import tqdm
+
+from experiments.card import Card
+from experiments.common import BaseConfig, claim_folder, environment, finished_before, parse_command
+from experiments.images import load_images, read_images
+from experiments.rows import columns, file_name, history_csv
+from jaxcl import coding, data, files, gaussian, nets, report
+from jaxcl.coding import Layout, Posterior, Progress, Told, TrainState
+from jaxcl.continual import Examples, sharding
+from jaxcl.continual.checkpoints import Checkpoint, Checkpoints
+from jaxcl.typing import Array, PyTree, bad_argument, check_at_least, check_choice
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+CARDS = {
+    "--preset smoke": Card("not measured", "that it runs"),
+    "--preset cpu": Card("not measured", "not measured"),
+    "--preset cpu --data mnist": Card("not measured", "not measured"),
+    "--preset paper --data mnist": Card(
+        "not measured; it takes an accelerator", "MIRACLE's curve: 0.96 % at 1.5 kB, 0.69 % at 3.0 kB"
+    ),
+}
+CODERS = {"mrc": coding.mrc, "orc": coding.orc, "astar": coding.astar}
+POSTERIORS = {"mean_kl": coding.mean_kl_posterior, "mean_var": coding.mean_var_posterior}
+NEAR = 1.1  # times its last value: where a loss counts as come down
+PRUNED = (0, 10, 20, 30, 40, 50, 60, 70, 80, 90)  # percent
+TESTED_AT_ONCE = 2000
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(BaseConfig):
+    """Settings of the compression experiment; the defaults shown are those of the preset."""
+
+    data: str = "digits"
+    """digits (of scikit-learn), or mnist (in the folder that JAXCL_DATA names)."""
+    network: Literal["mlp", "lenet5"] = "mlp"
+    """What is compressed: lenet5 goes with mnist, an mlp with both."""
+    hidden: tuple[int, ...] = (100, 50)
+    """Widths of the hidden layers of an mlp."""
+    rows: tuple[str, ...] = ("mean_kl:6", "mean_kl:9", "mean_kl:12", "mean_kl:16", "mean_var:9", "mean_var:12")
+    """The table: parameterization:bits of KL a block, the former being mean_kl or mean_var."""
+    width: int = 30
+    """Values of a block."""
+    values: tuple[str, ...] = ("params/Dense_0/kernel=3000", "params/Dense_1/kernel=2500")
+    """PATH=NUMBER, as params/Dense_0/kernel=8000: how many values a leaf keeps that its weights share by hashing."""
+    coder: Literal["mrc", "orc", "astar"] = "orc"
+    """Minimal random coding (MIRACLE's), ordered random coding, or A* coding."""
+    spare_bits: int = 3
+    """Candidates are 2 to the power of the KL and so many bits."""
+    epochs: int = 100
+    """Passes over the training set before anything is coded."""
+    coding_epochs: int = 100
+    """Passes while blocks are coded."""
+    rounds: int = 200
+    """In how many parts the blocks are coded, at most."""
+    batch_size: int = 64
+    """Examples in a step."""
+    learning_rate: float = 3e-2
+    """Of Adam, at most: it rises over the first steps and falls to a hundredth along a cosine."""
+    warmup_steps: int = 100
+    """Steps over which the learning rate rises."""
+    penalty: float = 1e-5
+    """Mean-Var: what a nat of each block counts in the loss at first."""
+    penalty_rate: float = 2e-3
+    """Mean-Var: by what share of itself that changes in a step."""
+    validation: bool = False
+    """Test on a fifth of the training set, held out, instead of the test set: for choosing settings."""
+    limit: int | None = None
+    """Use only the first so many training examples and a fifth as many test examples."""
+
+
+def preset(name: str, data: str) -> Config:
+    """The settings of preset `name` for a data set."""
+    shared: dict[str, Any] = {"preset": name, "data": data, "out": Path("runs/miracle"), "seeds": 3}
+    if name == "smoke":
+        return Config(
+            **shared | {"seeds": 1}, limit=300, hidden=(16,), values=("params/Dense_0/kernel=300",),
+            rows=("mean_kl:6", "mean_var:6"), epochs=3, coding_epochs=2, rounds=3,
+        )  # fmt: skip
+    long = {"epochs": 500, "coding_epochs": 500, "rounds": 1000} if name == "paper" else {}
+    if data == "digits":
+        return Config(**shared | long)
+    of_cpu = {"epochs": 40, "coding_epochs": 40, "rounds": 100}
+    return Config(
+        **shared | of_cpu | long, network="lenet5", rows=tuple(f"mean_kl:{bits}" for bits in (6, 9, 12, 16, 20)),
+        values=("params/Conv_1/kernel=8000", "params/Dense_0/kernel=8000"), batch_size=256,
+    )  # fmt: skip
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """Runs the experiment; returns what is in metrics.json."""
+    config = parse_command(preset, data=("digits", "mnist"), argv=argv, description=__doc__ or "")
+    check_at_least("seeds", config.seeds, 1)
+    check_at_least("rounds", config.rounds, 1)
+    for row in config.rows:  # so that a misspelt one is told before any work
+        _parsed(row)
+    began = time.perf_counter()
+    settings = claim_folder(config)
+    if (document := finished_before(config.out)) is not None:
+        return document
+    task = _task(config)
+    seeds = range(config.seeds)
+    found = {row: [_Compression(config, task, row, seed).outcome() for seed in seeds] for row in config.rows}
+    document = {
+        "experiment": "miracle",
+        "preset": config.preset,
+        "config": settings,
+        "results": {row: columns([one["results"] for one in of_seeds]) for row, of_seeds in found.items()},
+        "costs": {row: columns([one["costs"] for one in of_seeds]) for row, of_seeds in found.items()},
+        "environment": environment(),
+        "seconds": time.perf_counter() - began,
+    }
+    histories = {row: of_seeds[0]["history"] for row, of_seeds in found.items()}
+    files.write_atomic(config.out / "history.csv", history_csv(histories))
+    files.write_atomic(config.out / "report.html", report.html_report(document, _figures(found)))
+    report.write_json(config.out / "metrics.json", document)  # last: it says that the run is finished
+    print(report.results_table(document["results"], document["costs"]))
+    print(f"\nWrote {config.out}/report.html, metrics.json, config.json, history.csv and files/*.jcl.")
+    return document
+
+
+class Images(NamedTuple):
+    """Prepared images and their classes."""
+
+    inputs: np.ndarray  # [N, H, W, channels]
+    labels: np.ndarray  # [N]
+
+
+class Task(NamedTuple):
+    """A network and what it learns."""
+
+    network: Any  # a Linen module
+    train: Images
+    test: Images
+
+
+def _task(config: Config) -> Task:
+    split = load_images(config.data, validation=config.validation, limit=config.limit)
+    statistics = data.channel_statistics(split.train)
+
+    def prepared(examples: Examples, name: str) -> Images:
+        images = jnp.asarray(read_images(examples, name).inputs)
+        return Images(np.asarray(data.normalise(statistics, images))[..., None], np.asarray(examples.labels))
+
+    classes = int(np.max(split.train.labels)) + 1
+    network = nets.MLP(config.hidden, classes) if config.network == "mlp" else nets.LeNet5(classes)
+    return Task(network, prepared(split.train, "training images"), prepared(split.test, "test images"))
+
+
+def _parsed(row: str) -> tuple[str, float]:
+    """Parameterization and bits of a row."""
+    name, _, bits = row.partition(":")
+    check_choice("rows", name, POSTERIORS)
+    try:
+        return name, float(bits)
+    except ValueError as error:
+        raise bad_argument("rows", row, "write it as mean_kl:11") from error
+
+
+def _values(config: Config) -> dict[str, int]:
+    found = dict(part.rpartition("=")[::2] for part in config.values)
+    for path, number in found.items():
+        if not path or not number.isdecimal():
+            raise bad_argument("values", f"{path}={number}", "write it as params/Dense_0/kernel=8000")
+    return {path: int(number) for path, number in found.items()}
+
+
+class _Compression:
+    """One row with one seed."""
+
+    def __init__(self, config: Config, task: Task, row: str, seed: int) -> None:
+        self._config, self._task, self._row, self._seed = config, task, row, seed
+        name, self._bits = _parsed(row)
+        self._init_key, self._step_key, self._coder_key, self._draw_key = jax.random.split(jax.random.key(seed), 4)
+        self._params = task.network.init(self._init_key, task.train.inputs[:1])
+        self._layout: Layout = coding.layout_of(self._params, width=config.width, seed=seed, values=_values(config))
+        self._posterior: Posterior = POSTERIORS[name](self._layout, self._bits)
+        self._coder = CODERS[config.coder](math.ceil(self._bits + config.spare_bits))
+        self._an_epoch = len(task.train.labels) // config.batch_size
+        if not self._an_epoch:
+            raise bad_argument("batch_size", config.batch_size, f"pass {len(task.train.labels)} or fewer")
+        first, self._steps = config.epochs * self._an_epoch, (config.epochs + config.coding_epochs) * self._an_epoch
+        rate = optax.warmup_cosine_decay_schedule(
+            0.0,
+            config.learning_rate,
+            min(config.warmup_steps, self._steps - 1),
+            self._steps,
+            config.learning_rate / 100,
+        )
+        self._trainer = coding.trainer(
+            self._layout, self._posterior, optax.adam(rate, b2=0.99), self._loss, penalty=config.penalty,
+            penalty_rate=config.penalty_rate,
+        )  # fmt: skip
+        self._step = jax.jit(self._trainer.step, donate_argnums=1)
+        self._logits = jax.jit(task.network.apply)
+        self._of_part = -(-self._layout.blocks // config.rounds)
+        parts, left = -(-self._layout.blocks // self._of_part), self._steps - first
+        # Part i is coded before step `due[i]`: the first after the epochs of training, the last in the end.
+        self._due = [first + left * part // max(parts - 1, 1) for part in range(parts)]
+
+    def outcome(self) -> dict[str, Any]:
+        """Results, costs, history and what the report draws, as kept in the folder; worked out if not there yet."""
+        name = f"{file_name(self._row)}-{self._seed}"
+        path, written = self._config.out / "rows" / f"{name}.json", self._config.out / "files" / f"{name}.jcl"
+        if path.exists():
+            kept: dict[str, Any] = report.read_json(path)
+            return kept
+        state, progress, record = self._train()
+        size = coding.save(written, coding.message(self._coder, self._layout, state.variables, progress))
+        began = time.perf_counter()
+        decoded = coding.decode(coding.load(written))
+        decoding = time.perf_counter() - began
+        trained = coding.tree_of_values(coding.places(self._layout).of_weights, progress.values)
+        answers = self._answers(decoded)
+        if not np.array_equal(answers, self._answers(trained)):
+            raise RuntimeError(f"{written} does not answer as the network that was coded")
+        losses = [entry["loss"] for entry in record["history"]]
+        epochs = len(losses)
+        outcome = {
+            "results": {
+                "error": self._error(answers), "bytes": size, **record["before"],
+                "kl_bits": float(progress.kl.mean()), "spent_bits": 8 * size / self._layout.blocks,
+                "effective_sample_size": record["effective"] / self._layout.blocks,
+                "epochs_to_loss": next(
+                    number for number in range(1, epochs + 1) if losses[number - 1] <= NEAR * record["settled"]
+                ),
+            },
+            "costs": {"seconds": record["seconds"], "decoding_seconds": decoding},
+            "history": record["history"],
+            "pruned": [self._error(self._answers(_pruned(decoded, share / 100))) for share in PRUNED],
+            "information": record["information"],
+            "spread": record["spread"],
+        }  # fmt: skip
+        report.write_json(path, outcome)
+        return outcome
+
+    def _train(self) -> tuple[TrainState, Progress, dict[str, Any]]:
+        """What training came to: the state, all blocks coded, and what was recorded on the way."""
+        config, train = self._config, self._task.train
+        name = f"{self._row}, seed {self._seed}"
+        keeper = Checkpoints(
+            Checkpoint(config.out / "checkpoints", config.checkpoint_seconds), f"{file_name(self._row)}-{self._seed}",
+            {"row": self._row, "seed": self._seed}, alone=True,
+        )  # fmt: skip
+        with closing(keeper), tqdm(desc=name, total=self._steps, unit="step", dynamic_ncols=True) as bar:
+            state, progress, record = self._start(keeper)
+            bar.update(record["step"])
+            began, order_of = time.perf_counter() - record["seconds"], -1
+            for now in range(record["step"], self._steps + 1):
+                while (part := -(-int(progress.coded) // self._of_part)) < len(self._due) and self._due[part] <= now:
+                    state, progress = self._code(part, state, progress, record)
+                if now == self._steps:
+                    break
+                epoch, place = divmod(now, self._an_epoch)
+                if epoch != order_of:  # which the seed and the epoch alone decide
+                    order = np.random.default_rng((self._seed, epoch)).permutation(len(train.labels))
+                    order_of = epoch
+                rows = order[place * config.batch_size : (place + 1) * config.batch_size]
+                batch = train.inputs[rows], train.labels[rows]
+                state, told = self._step(jax.random.fold_in(self._step_key, now), state, progress, batch)
+                self._record(now, told, record, bar, progress)
+                if keeper.due() or now + 1 == self._steps:
+                    jax.block_until_ready(state)
+                    record["seconds"] = time.perf_counter() - began
+                    keeper.save((state, progress), record)
+        record["seconds"] = time.perf_counter() - began
+        return state, progress, record
+
+    def _start(self, keeper: Checkpoints) -> tuple[TrainState, Progress, dict[str, Any]]:
+        key = jax.random.fold_in(self._init_key, 1)
+        abstract = jax.eval_shape(
+            lambda key, params: (self._trainer.init(key, params), coding.nothing_coded(self._layout)), key, self._params
+        )
+        if (restored := keeper.restore(abstract, sharding.Layout(None))) is not None:
+            (state, progress), record = restored
+            return state, progress, record
+        record = {"step": 0, "seconds": 0.0, "history": [], "losses": 0.0, "effective": 0.0}
+        return self._trainer.init(key, self._params), coding.nothing_coded(self._layout), record
+
+    def _record(self, now: int, told: Told, record: dict[str, Any], bar: "tqdm[Any]", progress: Progress) -> None:
+        record["step"] = now + 1
+        record["losses"] += float(told.loss)
+        bar.update()
+        if (now + 1) % self._an_epoch == 0:
+            loss, record["losses"] = record["losses"] / self._an_epoch, 0.0
+            record["history"].append({"step": now + 1, "loss": loss, "kl_bits": float(told.kl)})
+            shown = {"loss": f"{loss:.4f}", "KL": f"{float(told.kl):.2f} bits", "coded": int(progress.coded)}
+            bar.set_postfix(shown, refresh=False)
+
+    def _code(
+        self, part: int, state: TrainState, progress: Progress, record: dict[str, Any]
+    ) -> tuple[TrainState, Progress]:  # fmt: skip
+        """Codes the next part; before the first, what the posterior is like is recorded."""
+        if part == 0:
+            state = state._replace(variables=coding.with_storable_priors(state.variables))
+            record |= self._look(state)
+            record["settled"] = record["history"][-1]["loss"] if record["history"] else math.inf
+        progress, encoded = coding.encode_next(
+            jax.random.fold_in(self._coder_key, part), self._coder, self._layout, self._posterior, state.variables,
+            progress, self._of_part,
+        )  # fmt: skip
+        left = min(self._of_part, self._layout.blocks - part * self._of_part)
+        record["effective"] += float(encoded.effective_sample_size[:left].sum())
+        return state, progress
+
+    def _look(self, state: TrainState) -> dict[str, Any]:
+        q, p = self._posterior.gaussians(state.variables)
+        of_weights, leaf = coding.places(self._layout).of_weights, coding.places(self._layout).leaf
+        draw = gaussian.sample(self._draw_key, q)
+        errors = {
+            name: self._error(self._answers(coding.tree_of_values(of_weights, values)))
+            for name, values in (("error_of_mean", q.mean), ("error_of_draw", draw))
+        }
+        nats = np.asarray(gaussian.kl(q, p))
+        return {
+            "before": errors,
+            "information": {
+                own.path: float(nats[leaf == number].sum() / math.log(2) / 8)
+                for number, own in enumerate(self._layout.leaves)
+            },
+            "spread": {
+                "mean over the prior's scale": _histogram(np.asarray(q.mean / p.scale), -2.5, 2.5),
+                "scale over the prior's": _histogram(np.asarray(q.scale / p.scale), 0, 1.25),
+            },
+        }
+
+    def _loss(self, params: PyTree, batch: tuple[Array, Array]) -> Array:
+        inputs, labels = batch
+        logits = self._task.network.apply(params, inputs)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+    def _answers(self, params: PyTree) -> np.ndarray:
+        """Classes of all test images."""
+        inputs = self._task.test.inputs
+        return np.concatenate([
+            np.asarray(self._logits(params, inputs[start : start + TESTED_AT_ONCE]).argmax(axis=1))
+            for start in range(0, len(inputs), TESTED_AT_ONCE)
+        ])  # fmt: skip
+
+    def _error(self, answers: np.ndarray) -> float:
+        return float(np.mean(answers != self._task.test.labels))
+
+
+def _pruned(params: PyTree, share: float) -> PyTree:
+    """Parameters whose smallest weights, so large a share of all, are 0."""
+    sizes = np.sort(np.abs(np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(params)])))
+    threshold = sizes[int(share * (len(sizes) - 1))]
+    return jax.tree.map(lambda leaf: np.where(np.abs(leaf) < threshold, 0, leaf), params)
+
+
+def _histogram(values: np.ndarray, low: float, high: float) -> list[list[float]]:
+    counts, edges = np.histogram(np.clip(values, low, high), 50, (low, high))
+    return [((edges[1:] + edges[:-1]) / 2).tolist(), (100 * counts / values.size).tolist()]
+
+
+def _figures(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> "dict[str, Figure]":
+    """Plots for the report, of what rows came to."""
+    first = {row: of_seeds[0] for row, of_seeds in found.items()}
+    curves: dict[str, list[tuple[float, float]]] = {}
+    for row, of_seeds in found.items():
+        point = [float(np.mean([one["results"][name] for one in of_seeds])) for name in ("bytes", "error")]
+        curves.setdefault(_parsed(row)[0], []).append((point[0], 100 * point[1]))
+    places = np.arange(1, len(next(iter(first.values()))["information"]) + 1)
+    return {
+        "Test error against bytes of the whole file, means over seeds": report.line_plot(
+            {name: np.array(sorted(points)).T for name, points in curves.items()}, "bytes", "test error, %"
+        ),
+        "Loss while training, of one draw a step (first seed)": report.line_plot(
+            {row: np.array([[entry["step"] for entry in one["history"]], [entry["loss"] for entry in one["history"]]])
+             for row, one in first.items()},
+            "training step", "nats",
+        ),
+        "Test error of decoded weights when the smallest are set to 0 (first seed)": report.line_plot(
+            {row: np.array([PRUNED, [100 * error for error in one["pruned"]]]) for row, one in first.items()},
+            "weights set to 0, %", "test error, %",
+        ),
+        f"Information by leaf (first seed): {', '.join(next(iter(first.values()))['information'])}": report.line_plot(
+            {row: np.array([places, list(one["information"].values())]) for row, one in first.items()}, "leaf", "bytes"
+        ),
+    } | {
+        f"Posteriors before coding (first seed): {kind}": report.line_plot(
+            {row: np.array(one["spread"][kind]) for row, one in first.items()}, kind, "% of values"
+        )
+        for kind in next(iter(first.values()))["spread"]
+    }  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

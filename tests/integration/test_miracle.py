@@ -1,0 +1,101 @@
+"""The compression experiment, as a user runs it, interrupts it and goes on."""
+
+import json
+import re
+import shutil
+
+import numpy as np
+import pytest
+
+from experiments import miracle
+from jaxcl import coding, trees
+
+SMOKE = ["--preset", "smoke", "--epochs", "2", "--coding-epochs", "1"]
+
+
+def written(out):
+    return json.loads((out / "metrics.json").read_text(), parse_constant=pytest.fail)
+
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory):
+    out = tmp_path_factory.mktemp("miracle")
+    miracle.main([*SMOKE, "--out", str(out)])
+    return out
+
+
+def test_what_is_left_has_the_promised_form(smoke):
+    document = written(smoke)
+    assert [*document["results"]] == ["mean_kl:6", "mean_var:6"]
+    for row, of_row in document["results"].items():
+        path = smoke / "files" / f"{row.replace(':', '-')}-0.jcl"
+        assert of_row["bytes"]["mean"] == path.stat().st_size
+        assert 0 <= of_row["error"]["mean"] <= 1 <= of_row["effective_sample_size"]["mean"]
+        assert 1 <= of_row["epochs_to_loss"]["mean"] <= 3
+        leaves = trees.leaves_by_path(coding.decode(coding.load(path)))
+        assert leaves["params/Dense_0/kernel"].shape == (64, 16)
+        assert len(np.unique(leaves["params/Dense_0/kernel"])) == 300
+    assert document["results"]["mean_kl:6"]["kl_bits"]["mean"] == pytest.approx(6, rel=1e-4)
+    assert set(document["costs"]["mean_kl:6"]) == {"seconds", "decoding_seconds"}
+    page = (smoke / "report.html").read_text()
+    assert page.count("<svg") == 6 and "mean_var:6" in page
+    assert not re.search(r"""(src|href)=["']?(https?:)?//""", page)
+    lines = (smoke / "history.csv").read_text().splitlines()
+    assert lines[0] == "row,step,metric,value" and sum(line.startswith("mean_kl:6,") for line in lines) == 6
+
+
+@pytest.mark.parametrize("step", [3, 9])
+def test_an_interrupted_run_goes_on_bit_for_bit(smoke, tmp_path, monkeypatch, step):
+    """Broken off before anything is coded, and between two parts; with a checkpoint after each step."""
+    arguments = [*SMOKE, "--checkpoint-seconds", "0", "--out", str(tmp_path)]
+    record, seen = miracle._Compression._record, []
+
+    def breaking(self, now, *others):
+        if (self._row, now) == ("mean_kl:6", step):
+            raise KeyboardInterrupt
+        record(self, now, *others)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(miracle._Compression, "_record", breaking)
+        miracle.main(arguments)
+    monkeypatch.setattr(
+        miracle._Compression, "_record", lambda self, now, *others: seen.append(now) or record(self, now, *others)
+    )
+    miracle.main(arguments)
+    assert seen[0] == step
+    assert written(tmp_path)["results"] == written(smoke)["results"]
+    for name in ("history.csv", "files/mean_kl-6-0.jcl", "files/mean_var-6-0.jcl"):
+        assert (tmp_path / name).read_bytes() == (smoke / name).read_bytes()
+
+
+def test_a_finished_row_is_not_trained_again_and_a_finished_run_is_told(smoke, tmp_path, monkeypatch, capsys):
+    run = shutil.copytree(smoke, tmp_path / "run")
+    (run / "metrics.json").unlink()
+    monkeypatch.setattr(miracle._Compression, "_train", None)
+    miracle.main([*SMOKE, "--out", str(run)])
+    assert written(run)["results"] == written(smoke)["results"]
+    monkeypatch.setattr(miracle, "_Compression", None)
+    assert miracle.main([*SMOKE, "--out", str(run)]) == written(run) and "finished" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--rows", "mean_kn:6"], "rows: got 'mean_kn'; choose one of 'mean_kl', 'mean_var'"),
+        (["--rows", "mean_kl"], "rows: got mean_kl; write it as mean_kl:11"),
+        (["--values", "params/Dense_0/kernel"], "values: got .*; write it as params/Dense_0/kernel=8000"),
+        (["--values", "params/kernel=7"], r"values: got paths \['params/kernel'\]; choose from"),
+        (["--batch-size", "400"], "batch_size: got 400; pass 300 or fewer"),
+    ],
+)
+def test_bad_settings_are_told(tmp_path, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        miracle.main([*SMOKE, *arguments, "--out", str(tmp_path)])
+
+
+def test_pruning_sets_the_smallest_weights_to_zero():
+    params = {"a": np.float32([3, -1, 0.5]), "b": np.float32([[-4, 2]])}
+    pruned = miracle._pruned(params, 0.5)
+    np.testing.assert_array_equal(pruned["a"], [3, 0, 0])
+    np.testing.assert_array_equal(pruned["b"], [[-4, 2]])
+    assert all(np.array_equal(params[name], leaf) for name, leaf in miracle._pruned(params, 0).items())
