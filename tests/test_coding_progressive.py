@@ -32,8 +32,9 @@ def test_a_step_is_one_of_the_optimizer_on_one_draw():
     posterior, progress = POSTERIORS["mean_kl"], coding.nothing_coded(LAYOUT)
     trainer = coding.trainer(LAYOUT, posterior, optax.sgd(0.1), loss)
     state = trainer.init(jax.random.key(0), PARAMS)
-    after, told = trainer.step(jax.random.key(1), state, progress, (INPUTS, LABELS))
+    after, told = jax.jit(trainer.step)(jax.random.key(1), state, progress, (INPUTS, LABELS))
 
+    @jax.jit
     def of_draw(variables):
         q, _ = posterior.gaussians(variables)
         draw = gaussian.sample(jax.random.key(1), q)
