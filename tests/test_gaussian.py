@@ -150,3 +150,50 @@ def test_samples_follow_their_gaussians():
     assert stats.kstest(np.asarray(draw["a"]), stats.norm(3, np.exp(-1)).cdf).pvalue > 0.01
     assert stats.kstest(np.asarray(draw["b"]).ravel(), stats.norm(0, np.exp(0.5)).cdf).pvalue > 0.01
     assert draw["b"].shape == (2, 10_000)
+
+
+def test_outputs_of_a_dense_layer_have_the_mean_and_variance_of_its_weights():
+    rng = np.random.default_rng(0)
+    q = Gaussian(
+        {"kernel": rng.standard_normal((4, 3)), "bias": rng.standard_normal(3)},
+        {"kernel": rng.uniform(0.1, 1, (4, 3)), "bias": rng.uniform(0.1, 1, 3)},
+    )
+    inputs = rng.standard_normal((2, 4))
+    expected = inputs @ q.mean["kernel"] + q.mean["bias"]
+    spread = np.sqrt(inputs**2 @ q.scale["kernel"] ** 2 + q.scale["bias"] ** 2)
+
+    def layer(params, x):
+        return x @ params["kernel"] + params["bias"]
+
+    single = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), q)
+    many = jnp.repeat(jnp.asarray(inputs, jnp.float32)[None], 20_000, axis=0)
+    drawn = np.asarray(gaussian.sample_outputs(jax.random.key(0), layer, single, many))
+    for row, column in np.ndindex(2, 3):
+        own = stats.norm(expected[row, column], spread[row, column])
+        assert stats.kstest(drawn[:, row, column], own.cdf).pvalue > 0.001
+    assert abs(np.corrcoef(drawn[:, 0, 0], drawn[:, 1, 0])[0, 1]) < 0.03  # examples draw for themselves
+
+
+def test_outputs_of_a_convolution_have_the_spread_of_sampled_kernels():
+    q = Gaussian(jnp.full((3, 3, 2, 4), 0.3), jnp.full((3, 3, 2, 4), 0.5))
+    inputs = jax.random.normal(jax.random.key(1), (1, 5, 5, 2))
+
+    def layer(kernel, x):
+        return jax.lax.conv_general_dilated(x, kernel, (2, 2), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+    keys = jax.random.split(jax.random.key(2), 4000)
+    local = jax.jit(jax.vmap(lambda key: gaussian.sample_outputs(key, layer, q, inputs)))(keys)
+    whole = jax.jit(jax.vmap(lambda key: layer(gaussian.sample(key, q), inputs)))(keys)
+    assert local.shape == whole.shape == (4000, 1, 3, 3, 4)
+    assert_close(local.mean(axis=0), whole.mean(axis=0), 0.1)
+    np.testing.assert_allclose(local.std(axis=0), whole.std(axis=0), rtol=0.08)
+
+
+def test_gradients_of_sampled_outputs_are_finite_for_inputs_of_zero():
+    q = Gaussian(jnp.ones((3, 2)), jnp.ones((3, 2)))
+
+    def total(scale):
+        own = Gaussian(q.mean, scale)
+        return jnp.sum(gaussian.sample_outputs(jax.random.key(0), lambda w, x: x @ w, own, jnp.zeros((4, 3))))
+
+    np.testing.assert_array_equal(jax.grad(total)(q.scale), 0)
