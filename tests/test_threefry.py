@@ -61,7 +61,9 @@ def test_draws_are_of_the_standard_normal_distribution(shape, implementation):
 
 
 def test_waiting_times_are_exponential_and_finite():
-    draws = np.asarray(threefry.standard_exponential(jax.random.key(0), (500, 401)))
+    words = jax.random.bits(jax.random.key(0), (500, 401), jnp.uint32)
+    draws = np.asarray(threefry.exponential_of_word(words))
+    assert np.isfinite(threefry.exponential_of_word(jnp.asarray([0, 2**32 - 1], jnp.uint32))).all()
     assert draws.shape == (500, 401) and (draws > 0).all() and (draws < 17).all()
     assert stats.kstest(draws.ravel(), "expon").pvalue > 0.01
     assert stats.kstest(draws.min(axis=1) * 401, "expon").pvalue > 0.01  # the shortest are not rounded

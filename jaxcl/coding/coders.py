@@ -45,7 +45,8 @@ def mrc(bits: int) -> Coder:
 
     `encode` of this and the other coders takes a key, which is the sender's own and is consumed; the seed of the
     candidates, an integer in [0, 2^32); the numbers of M blocks, uint32 [M]; and posterior and prior, whose leaves
-    are [M, W]. It is jitted, and works block by block, so that blocks can be split over devices.
+    are [M, W]. It is jitted. What comes of a block depends on its number and no other block: they can be coded in any
+    groups, and split over devices.
 
     Raises:
         ValueError: bits outside 1 to 30; means that are not [M, W].
@@ -83,24 +84,21 @@ class _Arrivals(NamedTuple):
     next: Array  # [M], before which no later one arrives
 
 
-# (key, the chunk before's `next` [M], numbers of candidates [n], how many there are) -> those of a chunk
-_Process = Callable[[Key, Array, Array, int], _Arrivals]
+# (waits [M, n] of a chunk, the chunk before's `next` [M], numbers of candidates [n], how many there are) -> arrivals
+_Process = Callable[[Array, Array, Array, int], _Arrivals]
 
 
-def _independent_arrivals(key: Key, before: Array, numbers: Array, count: int) -> _Arrivals:
-    times = threefry.standard_exponential(key, (len(before), len(numbers)))
-    return _Arrivals(times, jnp.where(numbers[-1] + 1 == count, jnp.inf, before))
+def _independent_arrivals(waits: Array, before: Array, numbers: Array, count: int) -> _Arrivals:
+    return _Arrivals(waits, jnp.where(numbers[-1] + 1 == count, jnp.inf, before))
 
 
-def _ordered_arrivals(key: Key, before: Array, numbers: Array, count: int) -> _Arrivals:
+def _ordered_arrivals(waits: Array, before: Array, numbers: Array, count: int) -> _Arrivals:
     """Order statistics of `count` exponential times: between two of them, those still to come race."""
-    waits = threefry.standard_exponential(key, (len(before), len(numbers))) / (count - numbers).astype(jnp.float32)
-    times = before[:, None] + jnp.cumsum(waits, axis=1)
+    times = before[:, None] + jnp.cumsum(waits / (count - numbers).astype(jnp.float32), axis=1)
     return _Arrivals(times, jnp.where(numbers[-1] + 1 == count, jnp.inf, times[:, -1]))
 
 
-def _poisson_arrivals(key: Key, before: Array, numbers: Array, _: int) -> _Arrivals:
-    waits = threefry.standard_exponential(key, (len(before), len(numbers)))
+def _poisson_arrivals(waits: Array, before: Array, _: Array, __: int) -> _Arrivals:
     times = before[:, None] + jnp.cumsum(waits, axis=1)
     return _Arrivals(times, times[:, -1])
 
@@ -137,12 +135,14 @@ def _race(
     delta = (q.mean - p.mean) / p.scale
     ratio = jnp.broadcast_to(q.scale / p.scale, delta.shape)
     bound = _largest_log_weight(delta, ratio)
+    own_key = tuple(jax.random.bits(key, (2,), jnp.uint32))
     size = min(count, 1 << max(_CHUNK // len(blocks), 1).bit_length() - 1)
 
     def advance(race: _Race) -> _Race:
         numbers = race.chunk.astype(jnp.uint32) * size + jnp.arange(size, dtype=jnp.uint32)
         log_weights = _log_weights(seed, blocks, numbers, delta, ratio)
-        arrivals = process(jax.random.fold_in(key, race.chunk), race.next, numbers, count)
+        words, _ = threefry.threefry_2x32(own_key, (blocks[:, None], numbers[None]))
+        arrivals = process(threefry.exponential_of_word(words), race.next, numbers, count)
         scores = log_weights - jnp.log(arrivals.times)
         ahead = jnp.argmax(scores, axis=1)
         score = scores.max(axis=1)
