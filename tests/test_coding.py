@@ -147,6 +147,17 @@ def test_chunks_do_not_matter(monkeypatch):
     assert chosen > np.sort(weights)[-200]  # one of 4,096 with nearly all the weight
 
 
+@pytest.mark.parametrize("coder", [coding.mrc(8), coding.orc(8), coding.astar(12)])
+def test_what_comes_of_a_block_depends_on_no_other(coder):
+    q, p = posterior(12, 4, 5)
+    whole = coder.encode(jax.random.key(0), SEED, np.arange(12), q, p)
+    some = np.asarray([9, 2, 5])
+    part = coder.encode(jax.random.key(0), SEED, some, Gaussian(*(leaf[some] for leaf in q)), p)
+    np.testing.assert_array_equal(part.indices, np.asarray(whole.indices)[some])
+    other = coder.encode(jax.random.key(1), SEED, np.arange(12), q, p)
+    assert (np.asarray(other.indices) != np.asarray(whole.indices)).any()
+
+
 @pytest.mark.parametrize(("bits", "message"), [(0, "bits: got 0; pass a number from 1 to 30"), (31, "bits: got 31")])
 def test_bits_are_checked(bits, message):
     for coder in (coding.mrc, coding.orc, coding.astar):
