@@ -19,7 +19,8 @@ SHARES = (
 # Of a tokenizer or a compressed network; each in its own unit, to so many decimals.
 DECIMALS = {
     "perplexity": 0, "psnr": 2, "ssim": 3, "frechet": 2, "mel_distance": 3, "si_sdr": 2, "stoi": 3, "pesq": 2,
-    "kl_bits": 2, "spent_bits": 2,
+    "kl_bits": 2, "spent_bits": 2, "overhead_bits": 2, "effective_sample_size": 1,
+    "p_of_first": 3, "p_of_distance": 3, "mean_off": 3, "deviation_off": 3,
 }  # fmt: skip
 METRICS = (*SHARES, *DECIMALS, "parameters", "bytes", "seconds", "examples_per_second", "peak_memory")
 # Where it is not the metric's name with spaces.
@@ -27,7 +28,8 @@ HEADINGS = {
     "examples_per_second": "examples/s", "psnr": "PSNR dB", "ssim": "SSIM", "frechet": "Frechet distance",
     "si_sdr": "SI-SDR dB", "stoi": "STOI", "pesq": "PESQ",
     "stoi_clips": "clips with STOI", "pesq_clips": "clips with PESQ",
-    "kl_bits": "KL bits a block", "spent_bits": "spent bits a block",
+    "kl_bits": "KL bits a block", "spent_bits": "spent bits a block", "overhead_bits": "bits beyond the KL",
+    "p_of_first": "p of the first weight", "p_of_distance": "p of the distance",
 }  # fmt: skip
 KEYS = ("experiment", "preset", "config", "results", "costs", "environment", "seconds")  # of metrics.json
 UNDEFINED = "-"

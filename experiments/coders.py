@@ -1,0 +1,194 @@
+"""What coded samples are worth: how they follow the posterior, and what their indices cost beyond the KL.
+
+A row is a coder on Gaussians of some width whose KL from N(0, 1) is so many bits, "orc:8:4:2" being ordered random
+coding of eight weights with 4 bits and 2^(4 + 2) candidates; A* has as many candidates as it takes. Samples of many
+blocks are compared with the posterior: the p-value of a Kolmogorov-Smirnov test of the first weight, and of the squared
+distance from the mean, and how far mean and standard deviation are off, in units of the posterior. Bits are those of a
+file of all blocks. ``python -m experiments.coders``
+"""
+
+import dataclasses
+import math
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from scipy import stats
+from tqdm import tqdm
+
+from experiments.card import Card
+from experiments.common import BaseConfig, claim_folder, environment, finished_before, parse_command
+from experiments.rows import columns, file_name
+from jaxcl import coding, files, gaussian, report
+from jaxcl.gaussian import Gaussian
+from jaxcl.typing import check_at_least
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+CARDS = {
+    "--preset smoke": Card("not measured", "that it runs"),
+    "--preset cpu": Card("not measured", "not measured"),
+    "--preset paper": Card("not measured", "not measured"),
+}
+CODERS = {"mrc": coding.mrc, "orc": coding.orc, "astar": coding.astar}
+AT_ONCE = 4096  # blocks
+MOST_BITS = 30  # of an index
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(BaseConfig):
+    """Settings of the comparison of coders; the defaults shown are those of the preset."""
+
+    widths: tuple[int, ...] = (1, 8)
+    """Weights of a block."""
+    kl: tuple[float, ...] = (1, 2, 4, 8)
+    """Bits of KL of a block."""
+    spare_bits: tuple[int, ...] = (0, 1, 2, 4, 6)
+    """By how many bits mrc and orc have more candidates."""
+    samples: int = 10_000
+    """Blocks that are coded."""
+
+
+def preset(name: str, _: str) -> Config:
+    """The settings of preset `name`."""
+    shared: dict[str, Any] = {"preset": name, "out": Path("runs/coders"), "seeds": 1}
+    if name == "smoke":
+        return Config(**shared, widths=(2,), kl=(1, 2), spare_bits=(0, 3), samples=500)
+    return Config(**shared, kl=(1, 2, 4, 8, 12), samples=100_000) if name == "paper" else Config(**shared)
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """Runs the comparison; returns what is in metrics.json."""
+    config = parse_command(preset, data=("gaussians",), argv=argv, description=__doc__ or "")
+    check_at_least("samples", config.samples, 100)
+    for bits in config.kl:
+        check_at_least("kl", bits, 0.1)
+    rows = [f"astar:{width}:{bits:g}" for width in config.widths for bits in config.kl] + [
+        f"{coder}:{width}:{bits:g}:{spare}"
+        for coder in ("mrc", "orc") for width in config.widths for bits in config.kl for spare in config.spare_bits
+    ]  # fmt: skip
+    began = time.perf_counter()
+    settings = claim_folder(config)
+    if (document := finished_before(config.out)) is not None:
+        return document
+    found = {row: _outcome(config, row) for row in rows}
+    document = {
+        "experiment": "coders",
+        "preset": config.preset,
+        "config": settings,
+        "results": {row: columns([one["results"]]) for row, one in found.items()},
+        "costs": {row: columns([one["costs"]]) for row, one in found.items()},
+        "environment": environment(),
+        "seconds": time.perf_counter() - began,
+    }
+    results = {row: one["results"] for row, one in found.items()}
+    files.write_atomic(config.out / "report.html", report.html_report(document, _figures(config, results)))
+    report.write_json(config.out / "metrics.json", document)  # last: it says that the run is finished
+    print(report.results_table(document["results"], document["costs"]))
+    print(f"\nWrote {config.out}/report.html, metrics.json and config.json.")
+    return document
+
+
+def _outcome(config: Config, row: str) -> dict[str, Any]:
+    """Results and costs of a row, as kept in the folder; worked out if they are not there yet."""
+    path = config.out / "rows" / f"{file_name(row)}.json"
+    if path.exists():
+        kept: dict[str, Any] = report.read_json(path)
+        return kept
+    coder, width, bits, *spare = row.split(":")
+    q, p = _posterior(int(width), float(bits))
+    most = MOST_BITS if coder == "astar" else math.ceil(float(bits)) + int(spare[0])
+    began = time.perf_counter()
+    indices, effective = np.zeros(config.samples, np.uint32), np.zeros(config.samples)
+    with tqdm(desc=row, total=config.samples, unit="block", dynamic_ncols=True) as bar:
+        for start in range(0, config.samples, AT_ONCE):
+            blocks = np.arange(start, min(start + AT_ONCE, config.samples))
+            indices[blocks], effective[blocks] = _coded(coder, most, blocks, q, p)
+            bar.update(len(blocks))
+    drawn = coding.chosen_candidates(0, np.arange(config.samples), indices, int(width)).astype(np.float64)
+    errors = (drawn - np.asarray(q.mean)) / np.asarray(q.scale)
+    layout = coding.layout_of({"w": jnp.zeros((config.samples, int(width)))}, width=int(width))
+    message = coding.Message(layout, np.ones(1, np.float32), most, indices, float(bits))
+    file = config.out / "files" / f"{file_name(row)}.jcl"
+    spent = 8 * coding.save(file, message) / config.samples
+    outcome = {
+        "results": {
+            "p_of_first": float(stats.kstest(errors[:, 0], "norm").pvalue),
+            "p_of_distance": float(stats.kstest((errors**2).sum(axis=1), stats.chi2(int(width)).cdf).pvalue),
+            "mean_off": float(np.abs(errors.mean(axis=0)).mean()),
+            "deviation_off": float(errors.std(axis=0).mean() - 1),
+            "spent_bits": spent,
+            "overhead_bits": spent - float(bits),
+            "effective_sample_size": float(effective.mean()),
+        },
+        "costs": {"seconds": time.perf_counter() - began},
+    }
+    report.write_json(path, outcome)
+    return outcome
+
+
+def _posterior(width: int, bits: float) -> tuple[Gaussian, Gaussian]:
+    """A posterior [1, W] with a KL of so many bits from N(0, 1), of which later weights get more, and that prior."""
+    prior = Gaussian(jnp.zeros((1, width)), jnp.ones((1, width)))
+    share = jnp.linspace(0, 1, width)[None]
+    return gaussian.mean_kl(jnp.full((1, width), 0.6), share, jnp.full(1, bits * math.log(2)), prior), prior
+
+
+def _coded(name: str, most: int, blocks: np.ndarray, q: Gaussian, p: Gaussian) -> tuple[np.ndarray, np.ndarray]:
+    """Indices and effective sample sizes of blocks that all have the same posterior.
+
+    A* goes over undecided ones again, with four times as many candidates: a race depends on its block alone.
+    """
+    indices, effective = np.zeros(len(blocks), np.uint32), np.zeros(len(blocks))
+    open_ones, bits = np.arange(len(blocks)), min(most, 10) if name == "astar" else most
+    while len(open_ones):
+        padded = np.resize(open_ones, 1 << (len(open_ones) - 1).bit_length())  # few shapes, few compilations
+        many = Gaussian(*(jnp.broadcast_to(leaf, (len(padded), leaf.shape[1])) for leaf in q))
+        encoded = CODERS[name](bits).encode(jax.random.key(1), 0, blocks[padded], many, p)
+        indices[padded], effective[padded] = encoded.indices, encoded.effective_sample_size
+        if bits == most:
+            break
+        open_ones, bits = padded[: len(open_ones)][~np.asarray(encoded.decided)[: len(open_ones)]], min(bits + 2, most)
+    return indices, effective
+
+
+def _figures(config: Config, results: Mapping[str, Mapping[str, float]]) -> "dict[str, Figure]":
+    def over_kl(metric: str, width: int) -> dict[str, np.ndarray]:
+        names = {"astar": ""} | {
+            f"{coder}, {spare} spare": f":{spare}" for coder in ("mrc", "orc") for spare in config.spare_bits
+        }
+        return {
+            name: np.array([config.kl, [
+                results[f"{name.partition(',')[0]}:{width}:{bits:g}{spare}"][metric] for bits in config.kl
+            ]])
+            for name, spare in names.items()
+        }  # fmt: skip
+
+    def over_spare(coder: str, width: int) -> dict[str, np.ndarray]:
+        return {
+            f"KL of {bits:g} bits": np.array([config.spare_bits, [
+                100 * abs(results[f"{coder}:{width}:{bits:g}:{spare}"]["deviation_off"]) for spare in config.spare_bits
+            ]])
+            for bits in config.kl
+        }  # fmt: skip
+
+    return {
+        f"Bits spent beyond the KL, {width} weights a block": report.line_plot(
+            over_kl("overhead_bits", width), "bits of KL", "bits"
+        )
+        for width in config.widths
+    } | {
+        f"How far the samples' standard deviation is off, {coder}, {width} weights a block": report.line_plot(
+            over_spare(coder, width), "bits beyond the KL", "%"
+        )
+        for coder in ("mrc", "orc") for width in config.widths
+    }  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

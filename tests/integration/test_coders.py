@@ -1,0 +1,29 @@
+"""The comparison of coders, as a user runs it."""
+
+import json
+
+import pytest
+
+from experiments import coders
+
+SMOKE = ["--preset", "smoke", "--kl", "2", "--spare-bits", "0", "4", "--samples", "300"]
+
+
+def test_samples_and_bits_are_compared_and_a_finished_run_is_told(tmp_path, capsys, monkeypatch):
+    results = coders.main([*SMOKE, "--out", str(tmp_path)])["results"]
+    assert set(results) == {"astar:2:2", *(f"{coder}:2:2:{spare}" for coder in ("mrc", "orc") for spare in (0, 4))}
+    means = {row: {name: value["mean"] for name, value in of_row.items()} for row, of_row in results.items()}
+    assert means["astar:2:2"]["p_of_first"] > 0.01 and means["astar:2:2"]["overhead_bits"] < 5
+    for coder in ("mrc", "orc"):
+        few, many = means[f"{coder}:2:2:0"], means[f"{coder}:2:2:4"]
+        assert few["deviation_off"] > 0.2 > 2 * abs(many["deviation_off"])
+    assert means["orc:2:2:4"]["spent_bits"] < means["mrc:2:2:4"]["spent_bits"]
+    assert (tmp_path / "report.html").read_text().count("<svg") == 3
+    monkeypatch.setattr(coders, "_outcome", None)
+    document = json.loads((tmp_path / "metrics.json").read_text(), parse_constant=pytest.fail)
+    assert coders.main([*SMOKE, "--out", str(tmp_path)]) == document and "finished" in capsys.readouterr().out
+
+
+def test_budgets_must_be_there(tmp_path):
+    with pytest.raises(ValueError, match=r"kl: got 0.0; pass 0\.1 or more"):
+        coders.main([*SMOKE, "--kl", "0", "--out", str(tmp_path)])
