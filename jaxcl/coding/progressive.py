@@ -212,13 +212,11 @@ def encode_next(
     q, p = (Gaussian(of.mean[blocks], of.scale[blocks]) for of in posterior.gaussians(variables))
     encoded = coder.encode(key, layout.seed, blocks, q, p)
     spent = gaussian.kl(q, p).sum(axis=1) / math.log(2)
-    own = slice(start, end)
-    progress = progress._replace(
-        coded=jnp.asarray(end, jnp.int32), indices=progress.indices.at[own].set(encoded.indices[: end - start]),
-        kl=progress.kl.at[own].set(spent[: end - start]),
-    )  # fmt: skip
-    decoded = values(message(coder, layout, variables, progress))[own]
-    return progress._replace(values=progress.values.at[own].set(decoded)), encoded
+    indices, decoded, kl = map(np.array, progress[1:])  # on the host, where no slice is compiled
+    indices[blocks], kl[blocks] = encoded.indices, spent
+    progress = Progress(jnp.asarray(end, jnp.int32), jnp.asarray(indices), progress.values, jnp.asarray(kl))
+    decoded[blocks] = values(message(coder, layout, variables, progress), blocks)
+    return progress._replace(values=jnp.asarray(decoded)), encoded
 
 
 def message(coder: Coder, layout: Layout, variables: Variables, progress: Progress) -> Message:

@@ -50,11 +50,12 @@ def storable(scales: ArrayLike) -> np.ndarray:
     return (words + 0x8000 & 0xFFFF0000).view(np.float32)
 
 
-def values(message: Message) -> np.ndarray:
-    """The values that the indices stand for, float32 [M, W]: the same bits on every machine."""
-    layout = message.layout
-    drawn = chosen_candidates(layout.seed, np.arange(layout.blocks), np.asarray(message.indices), layout.width)
-    return drawn * message.scales[places(layout).leaf]
+def values(message: Message, blocks: np.ndarray | None = None) -> np.ndarray:
+    """What indices stand for, float32 [M, W], or [N, W] of some `blocks` [N]: the same bits on every machine."""
+    layout, indices = message.layout, np.asarray(message.indices)
+    which = np.arange(layout.blocks) if blocks is None else blocks
+    drawn = chosen_candidates(layout.seed, which, indices[which], layout.width)
+    return drawn * message.scales[places(layout).leaf[which]]
 
 
 def decode(message: Message) -> dict[str, Any]:
