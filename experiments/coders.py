@@ -8,6 +8,7 @@ file of all blocks. ``python -m experiments.coders``
 """
 
 import dataclasses
+import functools
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -24,8 +25,9 @@ from experiments.card import Card
 from experiments.common import BaseConfig, claim_folder, environment, finished_before, parse_command
 from experiments.rows import columns, file_name
 from jaxcl import coding, files, gaussian, report
+from jaxcl.coding import Coder
 from jaxcl.gaussian import Gaussian
-from jaxcl.typing import check_at_least
+from jaxcl.typing import check_at_least, check_between
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -66,8 +68,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Runs the comparison; returns what is in metrics.json."""
     config = parse_command(preset, data=("gaussians",), argv=argv, description=__doc__ or "")
     check_at_least("samples", config.samples, 100)
+    check_at_least("seeds", config.seeds, 1)
     for bits in config.kl:
-        check_at_least("kl", bits, 0.1)
+        check_between("kl", bits, 0.1, MOST_BITS - max(config.spare_bits))
     rows = [f"astar:{width}:{bits:g}" for width in config.widths for bits in config.kl] + [
         f"{coder}:{width}:{bits:g}:{spare}"
         for coder in ("mrc", "orc") for width in config.widths for bits in config.kl for spare in config.spare_bits
@@ -76,17 +79,17 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     settings = claim_folder(config)
     if (document := finished_before(config.out)) is not None:
         return document
-    found = {row: _outcome(config, row) for row in rows}
+    found = {row: [_outcome(config, row, seed) for seed in range(config.seeds)] for row in rows}
     document = {
         "experiment": "coders",
         "preset": config.preset,
         "config": settings,
-        "results": {row: columns([one["results"]]) for row, one in found.items()},
-        "costs": {row: columns([one["costs"]]) for row, one in found.items()},
+        "results": {row: columns([one["results"] for one in of_seeds]) for row, of_seeds in found.items()},
+        "costs": {row: columns([one["costs"] for one in of_seeds]) for row, of_seeds in found.items()},
         "environment": environment(),
         "seconds": time.perf_counter() - began,
     }
-    results = {row: one["results"] for row, one in found.items()}
+    results = {row: of_seeds[0]["results"] for row, of_seeds in found.items()}
     files.write_atomic(config.out / "report.html", report.html_report(document, _figures(config, results)))
     report.write_json(config.out / "metrics.json", document)  # last: it says that the run is finished
     print(report.results_table(document["results"], document["costs"]))
@@ -94,9 +97,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     return document
 
 
-def _outcome(config: Config, row: str) -> dict[str, Any]:
-    """Results and costs of a row, as kept in the folder; worked out if they are not there yet."""
-    path = config.out / "rows" / f"{file_name(row)}.json"
+def _outcome(config: Config, row: str, seed: int) -> dict[str, Any]:
+    """Results and costs of a row with one seed, as kept in the folder; worked out if they are not there yet."""
+    path = config.out / "rows" / f"{file_name(row)}-{seed}.json"
     if path.exists():
         kept: dict[str, Any] = report.read_json(path)
         return kept
@@ -108,13 +111,13 @@ def _outcome(config: Config, row: str) -> dict[str, Any]:
     with tqdm(desc=row, total=config.samples, unit="block", dynamic_ncols=True) as bar:
         for start in range(0, config.samples, AT_ONCE):
             blocks = np.arange(start, min(start + AT_ONCE, config.samples))
-            indices[blocks], effective[blocks] = _coded(coder, most, blocks, q, p)
+            indices[blocks], effective[blocks] = _coded(coder, most, seed, blocks, q, p)
             bar.update(len(blocks))
-    drawn = coding.chosen_candidates(0, np.arange(config.samples), indices, int(width)).astype(np.float64)
+    drawn = coding.chosen_candidates(seed, np.arange(config.samples), indices, int(width)).astype(np.float64)
     errors = (drawn - np.asarray(q.mean)) / np.asarray(q.scale)
-    layout = coding.layout_of({"w": jnp.zeros((config.samples, int(width)))}, width=int(width))
+    layout = coding.layout_of({"w": jnp.zeros((config.samples, int(width)))}, width=int(width), seed=seed)
     message = coding.Message(layout, np.ones(1, np.float32), most, indices, float(bits))
-    file = config.out / "files" / f"{file_name(row)}.jcl"
+    file = config.out / "files" / f"{file_name(row)}-{seed}.jcl"
     spent = 8 * coding.save(file, message) / config.samples
     outcome = {
         "results": {
@@ -139,7 +142,14 @@ def _posterior(width: int, bits: float) -> tuple[Gaussian, Gaussian]:
     return gaussian.mean_kl(jnp.full((1, width), 0.6), share, jnp.full(1, bits * math.log(2)), prior), prior
 
 
-def _coded(name: str, most: int, blocks: np.ndarray, q: Gaussian, p: Gaussian) -> tuple[np.ndarray, np.ndarray]:
+@functools.cache
+def _coder(name: str, bits: int) -> Coder:
+    return CODERS[name](bits)
+
+
+def _coded(
+    name: str, most: int, seed: int, blocks: np.ndarray, q: Gaussian, p: Gaussian
+) -> tuple[np.ndarray, np.ndarray]:
     """Indices and effective sample sizes of blocks that all have the same posterior.
 
     A* goes over undecided ones again, with four times as many candidates: a race depends on its block alone.
@@ -149,7 +159,7 @@ def _coded(name: str, most: int, blocks: np.ndarray, q: Gaussian, p: Gaussian) -
     while len(open_ones):
         padded = np.resize(open_ones, 1 << (len(open_ones) - 1).bit_length())  # few shapes, few compilations
         many = Gaussian(*(jnp.broadcast_to(leaf, (len(padded), leaf.shape[1])) for leaf in q))
-        encoded = CODERS[name](bits).encode(jax.random.key(1), 0, blocks[padded], many, p)
+        encoded = _coder(name, bits).encode(jax.random.key(seed), seed, blocks[padded], many, p)
         indices[padded], effective[padded] = encoded.indices, encoded.effective_sample_size
         if bits == most:
             break

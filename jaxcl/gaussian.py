@@ -65,7 +65,11 @@ def kl(q: Gaussian, p: Gaussian) -> PyTree:
     """
 
     def of_leaf(q_mean: Array, q_scale: Array, p_mean: Array, p_scale: Array) -> Array:
-        return 0.5 * (((q_mean - p_mean) / p_scale) ** 2 + _excess(2 * jnp.log(p_scale / q_scale)))
+        # Scales that are close have an exact difference, where their quotient is rounded.
+        beyond = (q_scale - p_scale) / p_scale
+        close = jnp.abs(beyond) < 0.5
+        log_ratio = jnp.where(close, jnp.log1p(jnp.where(close, beyond, 0)), jnp.log(q_scale / p_scale))
+        return 0.5 * (((q_mean - p_mean) / p_scale) ** 2 + _excess(-2 * log_ratio))
 
     return jax.tree.map(of_leaf, *q, *p)
 
@@ -140,7 +144,7 @@ def _promoted(kappa: ArrayLike, delta: ArrayLike) -> tuple[Array, Array]:
 def _slack(kappa: Array, delta: Array) -> tuple[Array, Array]:
     """2 kappa - delta^2 as the sum of a number and what was rounded off it."""
     bits = jnp.finfo(delta.dtype)
-    head = jax.lax.reduce_precision(delta, exponent_bits=bits.nexp, mantissa_bits=bits.nmant // 2)
+    head = jax.lax.reduce_precision(delta, exponent_bits=bits.nexp, mantissa_bits=(bits.nmant - 1) // 2)
     tail = delta - head
     total, rest = 2 * kappa, jnp.zeros_like(kappa)
     for term in (-head * head, -2 * head * tail, -tail * tail):  # each of them exact

@@ -148,9 +148,12 @@ def test_chunks_do_not_matter(monkeypatch):
 
 
 @pytest.mark.parametrize("coder", [coding.mrc(8), coding.orc(8), coding.astar(12)])
-def test_what_comes_of_a_block_depends_on_no_other(coder):
+def test_what_comes_of_a_block_depends_on_no_other(coder, monkeypatch):
+    from jaxcl.coding import coders
+
+    monkeypatch.setattr(coders, "_CHUNK", 800)
     q, p = posterior(12, 4, 5)
-    whole = coder.encode(jax.random.key(0), SEED, np.arange(12), q, p)
+    whole = coder.encode(jax.random.key(0), SEED, np.arange(12), q, p)  # 256 candidates in four chunks, or in one
     some = np.asarray([9, 2, 5])
     part = coder.encode(jax.random.key(0), SEED, some, Gaussian(*(leaf[some] for leaf in q)), p)
     np.testing.assert_array_equal(part.indices, np.asarray(whole.indices)[some])
@@ -168,6 +171,28 @@ def test_bits_are_checked(bits, message):
     for coder in (coding.mrc, coding.orc, coding.astar):
         with pytest.raises(ValueError, match=message):
             coder(bits)
+
+
+def test_what_has_seen_all_candidates_is_decided():
+    q, p = posterior(8, 4, 3)
+    wide = Gaussian(q.mean, jnp.full((8, 4), 1.5))
+    for coder in (coding.mrc(4), coding.orc(4)):
+        assert np.asarray(coded(coder, wide, p)[0].decided).all()
+
+
+@pytest.mark.parametrize("coder", [coding.mrc(6), coding.orc(6), coding.astar(8)])
+def test_indices_are_the_same_with_x64(coder):
+    q, p = posterior(6, 3, 3)
+    plain = coded(coder, q, p)[0].indices
+    with jax.enable_x64(True):
+        np.testing.assert_array_equal(coded(coder, q, p)[0].indices, plain)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32])
+def test_seeds_are_words(seed):
+    q, p = posterior(1, 2, 3)
+    with pytest.raises(ValueError, match=f"seed: got {seed}; pass a number from 0 to 4294967295"):
+        coding.mrc(4).encode(jax.random.key(0), seed, np.zeros(1, np.uint32), q, p)
 
 
 def test_means_must_be_blocks():
@@ -233,6 +258,18 @@ def test_trees_of_values_have_the_networks_structure_and_gradients():
 def test_layouts_are_checked(arguments, message):
     with pytest.raises(ValueError, match=message):
         coding.layout_of(PARAMS, **{"width": 4} | arguments)
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"mlp/~/linear_0": {"w": jnp.zeros(3)}}, {"a/b": jnp.zeros(3), "a": {"b": jnp.zeros(3)}}, [jnp.zeros(3)],
+        {"a": (jnp.zeros(3), jnp.zeros(3))}, {"a\tb": jnp.zeros(3)}, {"a" * 2000: jnp.zeros(3)},
+    ],
+)  # fmt: skip
+def test_trees_that_could_not_be_given_back_are_refused(params):
+    with pytest.raises(ValueError, match="params: got"):
+        coding.layout_of(params, width=4)
 
 
 def test_empty_leaves_are_refused():

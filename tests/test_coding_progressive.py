@@ -122,6 +122,16 @@ def test_a_network_is_compressed_while_it_trains(tmp_path):
     assert step._cache_size() == 1
 
 
+def test_there_must_be_blocks_to_code():
+    posterior, progress = POSTERIORS["mean_kl"], coding.nothing_coded(LAYOUT)
+    variables = posterior.init(jax.random.key(0), PARAMS)
+    with pytest.raises(ValueError, match="count: got 0; pass 1 or more"):
+        coding.encode_next(jax.random.key(0), coding.mrc(4), LAYOUT, posterior, variables, progress, 0)
+    done = progress._replace(coded=jnp.asarray(LAYOUT.blocks))
+    with pytest.raises(ValueError, match=r"progress: got all .* blocks coded"):
+        coding.encode_next(jax.random.key(0), coding.mrc(4), LAYOUT, posterior, variables, done, 2)
+
+
 def test_scales_that_were_stored_stay_as_they_are():
     scales = np.exp(np.random.default_rng(0).uniform(-20, 20, 2000)).astype(np.float32)
     stored = coding.storable(scales)

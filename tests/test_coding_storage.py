@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import random
 import struct
@@ -15,7 +16,7 @@ import numpy as np
 import pytest
 
 from jaxcl import coding, trees
-from jaxcl.coding import arithmetic
+from jaxcl.coding import arithmetic, storage
 from jaxcl.coding.__main__ import main
 
 pytestmark = pytest.mark.core
@@ -107,14 +108,20 @@ def test_messages_that_cannot_be_stored_are_refused(tmp_path):
         coding.save(path, message()._replace(scales=np.float32([0.1, 0.2, 0.3, 0.4])))
     with pytest.raises(ValueError, match=r"message\.indices: got"):
         coding.save(path, message()._replace(bits=2))
-    with pytest.raises(ValueError, match="neither tabs nor line breaks"):
-        odd = coding.layout_of({"a\tb": jnp.zeros(7)}, width=7)
-        coding.save(path, coding.Message(odd, np.ones(1, np.float32), 4, np.zeros(1, np.uint32), 1.0))
+    for other in (
+        {"kl": math.nan}, {"bits": 31}, {"bits": 0}, {"indices": np.zeros(3, np.uint32)},
+        {"indices": np.full(LAYOUT.blocks, -1)}, {"scales": np.ones(3, np.float32)},
+        {"scales": np.zeros(4, np.float32)}, {"scales": np.full(4, 2.0**-100, np.float32)},
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=rf"message\.{next(iter(other))}: got"):
+            coding.save(path, message()._replace(**other))
     assert not list(tmp_path.iterdir())
 
 
-def test_more_weights_than_allowed_are_refused(tmp_path):
+def test_more_weights_than_allowed_are_refused_before_anything_is_decoded(tmp_path, monkeypatch):
     coding.save(tmp_path / "w.jcl", message())
+    monkeypatch.setattr(storage, "_unpack", None)
+    monkeypatch.setattr(storage, "decode_symbols", None)
     with pytest.raises(ValueError, match=r"limit: got 1000; .* decodes to 1281 weights"):
         coding.load(tmp_path / "w.jcl", limit=1000)
 
@@ -166,8 +173,6 @@ def test_damage_with_a_right_sum_gives_that_error_or_weights(monkeypatch):
 
 
 def with_header(text, body=b""):
-    from jaxcl.coding import storage
-
     packer = zlib.compressobj(9, zlib.DEFLATED, -15, zdict=storage._WORDS)
     header = packer.compress(text.encode()) + packer.flush()
     return summed(b"JCL1" + struct.pack("<H", len(header)) + header + body)
@@ -195,13 +200,19 @@ ONE = b"\x80\x3f"  # a scale of 1
         ("1 1 0 8 1\na\t2147483647", ONE + b"\0\0"),  # two thousand million symbols in no byte
         ("1 1 0 8 0\na\t2147483647", ONE + b"\0\0"),
         ("1 1 0 8 0\na\t99999999999999999999999", ONE + b"\0\0"),
+        ("1 1 0 8 0\na\t-7 -1", ONE + b"\0" * 7),
+        ("1 1 0 8 0\na\t" + " ".join(["1"] * 65), ONE + b"\0"),  # more axes than an array has
+        ("1 1 0 8 0\na\t" + " ".join(["9"] * 300_000), ONE + b"\0"),
+        ("1 7 0 8 0\n" + "/".join("a" * 5000) + "\t7", ONE + b"\0"),  # dicts in dicts
+        ("1 7 0 8 0\n\x1b[2J\t7", ONE + b"\0"),  # a path that clears the screen
+        ("1 1 0 8 1\na\t1024", ONE + b"\xff\xff" + b"\1" * 65535),  # a run that is longer than any can be
         ("1 7 0 8 0\n" + "a" * 3_000_000 + "\t7", ONE + b"\0"),  # a header that inflates to much more than it is
     ],
 )
 def test_headers_that_lie_are_refused(tmp_path, text, body):
     (tmp_path / "w.jcl").write_bytes(with_header(text, body))
     with pytest.raises(ValueError, match="it is damaged, or no file of compressed weights"):
-        coding.load(tmp_path / "w.jcl")
+        coding.load(tmp_path / "w.jcl", limit=2**31)
 
 
 def test_a_header_that_does_not_lie_is_read(tmp_path):
@@ -239,6 +250,16 @@ def test_the_command_line_shows_and_decodes(tmp_path, capsys):
 
             leaves = load_file(out)
         assert sha(leaves) == HASHES["adaptive"]
+
+
+@pytest.mark.parametrize("name", ["file", "allow_pickle"])
+def test_any_name_can_be_decoded_to_arrays(tmp_path, name):
+    layout = coding.layout_of({name: jnp.zeros((2, 3)), "b": jnp.zeros(1)}, width=7)
+    sent = coding.Message(layout, np.ones(2, np.float32), 4, np.zeros(1, np.uint32), 1.0)
+    coding.save(tmp_path / "w.jcl", sent)
+    assert main(["decode", str(tmp_path / "w.jcl"), "--out", str(tmp_path / "w.npz")]) == 0
+    with np.load(tmp_path / "w.npz", allow_pickle=False) as file:
+        np.testing.assert_array_equal(file[name], coding.decode(sent)[name])
 
 
 def test_the_command_line_tells_what_is_wrong(tmp_path, capsys):

@@ -137,11 +137,13 @@ def test_kl_is_the_textbooks_and_keeps_its_precision_near_the_prior():
     found = gaussian.kl(*jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), (q, p)))["w"]
     ratio, delta = q.scale["w"] / p.scale["w"], (q.mean["w"] - p.mean["w"]) / p.scale["w"]
     assert_close(found, 0.5 * (ratio**2 + delta**2 - 1) - np.log(ratio))
-    scales = np.asarray([1.0, 1 - 2**-10, 1 + 2**-10, 1 - 2**-23, 1 - 2**-3], np.float32)
-    close = gaussian.kl(Gaussian(jnp.zeros(5), jnp.asarray(scales)), Gaussian(jnp.zeros(5), jnp.ones(5)))
-    offset = scales.astype(np.float64) - 1
-    expected = 0.5 * (2 * offset + offset**2) - np.log1p(offset)
-    np.testing.assert_allclose(close, expected, rtol=1e-3, atol=1e-20)
+    for prior in np.float32([0.7, 1.0, 1.3]):
+        scales = prior * np.float32([1, 1 - 2**-10, 1 + 2**-10, 1 - 2**-22, 1 + 2**-22, 1 - 2**-3, 0.4, 1e-6, 30])
+        zero = jnp.zeros(len(scales))
+        close = gaussian.kl(Gaussian(zero, jnp.asarray(scales)), Gaussian(zero, jnp.full(len(scales), prior)))
+        offset = (scales.astype(np.float64) - prior) / prior
+        expected = 0.5 * (2 * offset + offset**2) - np.log1p(offset)
+        np.testing.assert_allclose(close, expected, rtol=1e-5, atol=1e-20)
 
 
 def test_samples_follow_their_gaussians():

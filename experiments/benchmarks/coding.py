@@ -117,7 +117,7 @@ def _decode() -> Step:
     path = _file("jcl")
 
     def step() -> None:
-        coding.places.cache_clear()  # as in a process of its own
+        coding.places.cache_clear()  # so that only the table of quantiles is there already
         coding.decode(coding.load(path))
 
     return step

@@ -3,6 +3,7 @@
 import argparse
 import io
 import sys
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -55,10 +56,15 @@ def describe(message: Message, size: int) -> str:
 def _as_file(leaves: dict[str, Any], kind: str) -> bytes:
     if kind == ".npz":
         buffer = io.BytesIO()
-        np.savez(buffer, **leaves)
+        with zipfile.ZipFile(buffer, "w") as archive:  # np.savez takes names as keywords, of which some are its own
+            for name, leaf in leaves.items():
+                with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
+                    np.lib.format.write_array(file, leaf, allow_pickle=False)
         return buffer.getvalue()
     if kind != ".safetensors":
         raise bad_argument("--out", kind or "no suffix", "end it in .npz or .safetensors")
+    if "__metadata__" in leaves:
+        raise bad_argument("file", "a leaf __metadata__", "safetensors has other use for that name: write .npz")
     try:
         from safetensors.numpy import save  # noqa: PLC0415
     except ImportError as error:

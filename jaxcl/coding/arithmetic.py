@@ -7,6 +7,7 @@ length asks for, is the code. Runs are coded apart, so that integers stay short;
 import numpy as np
 
 _RUN = 1024  # symbols: integers of some 10,000 bits
+_LONGEST = 4 * _RUN  # bytes of a run: a symbol in 2^32 would not take more
 
 
 def encode_symbols(symbols: np.ndarray, alphabet: int) -> bytes:
@@ -44,19 +45,19 @@ def decode_symbols(code: bytes, count: int, alphabet: int) -> tuple[np.ndarray, 
     for start in range(0, count, _RUN):
         length = int.from_bytes(code[at : at + 2], "little")
         at += 2 + length
-        if at > len(code):
-            raise ValueError(f"{len(code)} bytes of {at}")
+        if at > len(code) or length > _LONGEST:
+            raise ValueError(f"a run of {length} bytes in {len(code)}")
         part, whole = (
             int.from_bytes(code[at - length : at], "little"),
             1 << 8 * length,
         )  # part / whole points to the rest
         for place in range(start, min(start + _RUN, count)):
             total = sum(counts)
-            below, symbol = 0, 0
-            while (below + counts[symbol]) * whole <= part * total:
+            part, below, symbol = part * total, 0, 0
+            while (below + counts[symbol]) * whole <= part:
                 below += counts[symbol]
                 symbol += 1
-            part, whole = part * total - below * whole, whole * counts[symbol]
+            part, whole = part - below * whole, whole * counts[symbol]
             symbols[place] = symbol
             counts[symbol] += 1
     return symbols, at

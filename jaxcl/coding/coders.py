@@ -24,7 +24,8 @@ class Encoded(NamedTuple):
 
     indices: Array  # [M] uint32, of the candidates that won
     decided: Array  # [M] bool, whether no candidate that was not looked at could have won
-    effective_sample_size: Array  # [M], of the candidates that were looked at, by their weights q / p
+    # Of the candidates that were looked at, how many depends on where the race could be broken off, and on its chunks.
+    effective_sample_size: Array  # [M], by their weights q / p
     log_normaliser: Array  # [M], the logarithm of their mean weight in nats; with enough candidates it is near 0
 
 
@@ -45,8 +46,8 @@ def mrc(bits: int) -> Coder:
 
     `encode` of this and the other coders takes a key, which is the sender's own and is consumed; the seed of the
     candidates, an integer in [0, 2^32); the numbers of M blocks, uint32 [M]; and posterior and prior, whose leaves
-    are [M, W]. It is jitted. What comes of a block depends on its number and no other block: they can be coded in any
-    groups, and split over devices.
+    are [M, W]. It is jitted. A block's candidates and arrivals depend on its number and no other block: they can be
+    coded in any groups, and split over devices.
 
     Raises:
         ValueError: bits outside 1 to 30; means that are not [M, W].
@@ -109,6 +110,8 @@ def _coder(bits: int, process: _Process) -> Coder:
 
     def encode(key: Key, seed: ArrayLike | int, blocks: ArrayLike, q: Gaussian, p: Gaussian) -> Encoded:
         check_rank("q.mean", q.mean, 2)
+        if isinstance(seed, int):
+            check_between("seed", seed, 0, 2**32 - 1)
         return race(key, jnp.asarray(seed, jnp.uint32), jnp.asarray(blocks, jnp.uint32), q, p)
 
     return Coder(encode, bits)
@@ -151,9 +154,10 @@ def _race(
         top = jnp.maximum(race.top, jnp.where(race.decided, race.top, log_weights.max(axis=1)))
         weights = jnp.where(race.decided[:, None], 0, jnp.exp(log_weights - top[:, None]))
         shrink = jnp.exp(race.top - top)
+        ended = jnp.isinf(arrivals.next) | (bound - jnp.log(arrivals.next) < best)
         return _Race(
             race.chunk + 1, arrivals.next, best, jnp.where(better, numbers[ahead], race.winner),
-            race.decided | (bound - jnp.log(arrivals.next) < best), race.seen + jnp.where(race.decided, 0, size),
+            race.decided | ended, race.seen + jnp.where(race.decided, 0, size),
             top, race.total * shrink + weights.sum(axis=1), race.squares * shrink**2 + (weights**2).sum(axis=1),
         )  # fmt: skip
 
@@ -185,7 +189,7 @@ def _log_weights(seed: Array, blocks: Array, numbers: Array, delta: Array, ratio
             total += 0.5 * (z**2 - ((z - delta[side]) * precision[side]) ** 2)
         return total, None
 
-    zero = jnp.zeros((len(blocks), len(numbers)))
+    zero = jnp.zeros((len(blocks), len(numbers)), delta.dtype)
     total, _ = jax.lax.scan(add, zero, (jnp.arange(len(pairs[0]), dtype=jnp.uint32), *pairs))
     return total - jnp.log(ratio).sum(axis=1, keepdims=True)
 

@@ -9,6 +9,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -19,6 +20,7 @@ from jaxcl.typing import Array, ArrayLike, PyTree, bad_argument, check_between
 _SHUFFLE = 0xFFFFFFFF
 _HASH = 0xFFFFFFFE
 _SIZES = 2**31 - 1  # places are int32
+_PATH, _DEPTH = 1000, 64  # of a leaf: characters and dicts
 
 
 class Leaf(NamedTuple):
@@ -63,7 +65,8 @@ def layout_of(params: PyTree, *, width: int, seed: int = 0, values: Mapping[str,
             et al. 2015, arXiv 1504.04788), here with values that serve equally many weights, but for one.
 
     Raises:
-        ValueError: a leaf without weights, a path that the tree has not, or numbers out of range.
+        ValueError: a tree of something else, a leaf without weights, a path that the tree has not, or numbers out of
+            range.
     """
     shapes = {path: jnp.shape(leaf) for path, leaf in trees.leaves_by_path(params).items()}
     kept = dict(values or {})
@@ -72,11 +75,18 @@ def layout_of(params: PyTree, *, width: int, seed: int = 0, values: Mapping[str,
     leaves = tuple(Leaf(path, shape, kept.get(path, math.prod(shape))) for path, shape in shapes.items())
     found = Layout(leaves, width, seed)
     check_layout(found)
+    decoded, given = (str(jax.tree.structure(tree)) for tree in (nested(trees.leaves_by_path(params)), params))
+    if decoded != given:
+        raise bad_argument("params", given, "pass nested dicts whose keys have no '/'")
     return found
 
 
 def check_layout(layout: Layout) -> None:
-    """Raises ValueError if a leaf has no weights or lies below another, or a number is out of range."""
+    """Raises ValueError if a leaf has no weights, an odd path or one below another's, or a number is out of range."""
+    for leaf in layout.leaves:
+        if not leaf.path.isprintable() or len(leaf.path) > _PATH or leaf.path.count("/") > _DEPTH:
+            fix = f"paths are printable, and have up to {_PATH} characters and {_DEPTH} levels: rename it"
+            raise bad_argument("params", repr(leaf.path[:_PATH]), fix)
     paths = sorted(leaf.path.split("/") for leaf in layout.leaves)
     for path, next_path in itertools.pairwise(paths):
         if path == next_path[: len(path)]:

@@ -20,7 +20,7 @@ from jaxcl.coding.coders import Coder, Encoded
 from jaxcl.coding.layout import Layout, places, tree_of_values
 from jaxcl.coding.storage import Message, storable, values
 from jaxcl.gaussian import Gaussian
-from jaxcl.typing import Array, Key, PyTree, check_at_least
+from jaxcl.typing import Array, Key, PyTree, bad_argument, check_at_least
 
 _SMALLEST_SCALE = 1e-2  # of a prior, in `init`: leaves of zeros, as biases are, have none of their own
 
@@ -205,8 +205,14 @@ def encode_next(
 
     Returns:
         The progress, and what the coder says of the blocks [count]; where fewer were left, the last one comes again.
+
+    Raises:
+        ValueError: a count below 1, or no block is left.
     """
     start = int(progress.coded)
+    check_at_least("count", count, 1)
+    if start == layout.blocks:
+        raise bad_argument("progress", f"all {start} blocks coded", "save its message")
     end = min(start + count, layout.blocks)
     blocks = np.minimum(start + np.arange(count), layout.blocks - 1)
     q, p = (Gaussian(of.mean[blocks], of.scale[blocks]) for of in posterior.gaussians(variables))

@@ -30,7 +30,9 @@ _WORDS = "\n".join((
     "params/Dense_1/bias\t", "params/Dense_1/kernel\t",
 )).encode()  # fmt: skip
 _HEADER_LIMIT = 1 << 20  # bytes of a header, inflated
-_SCALE_LIMIT = 1e37  # candidates are below 6.4
+_MOST_BITS = 30  # of an index
+_AXES = 32  # of a leaf
+_SCALES = (1e-28, 1e37)  # candidates are from 2e-10 to 6.4: no weight is subnormal, and none overflows
 _LIMIT = 1 << 25  # weights, unless a caller allows more
 
 
@@ -68,16 +70,12 @@ def save(path: str | os.PathLike[str], message: Message) -> int:
     """Writes a file, whole or not at all; returns its size in bytes.
 
     Raises:
-        ValueError: scales that are not `storable`, or indices of more bits than the message says.
+        ValueError: what no file can hold, as scales that are not `storable`, or indices of more bits than it says.
         OSError: the file cannot be written.
     """
+    _check(message)
     layout, scales, bits, _, kl = message
     indices = np.asarray(message.indices).astype(np.int64)
-    if not np.array_equal(scales, storable(scales)) or not _sound(scales):
-        raise bad_argument(
-            "message.scales", scales, "pass positive ones, rounded with storable() before anything is coded"
-        )
-    check_between("message.indices", int(indices.max()), 0, 2**bits - 1)
     numbers = indices + 1
     lengths = _lengths(numbers)
     plain = _pack(indices, np.full(len(indices), bits))
@@ -88,7 +86,7 @@ def save(path: str | os.PathLike[str], message: Message) -> int:
     )
     packer = zlib.compressobj(9, zlib.DEFLATED, -15, 9, zdict=_WORDS)
     header = packer.compress(text.encode()) + packer.flush()
-    if len(header) >= 1 << 16 or len(text) > _HEADER_LIMIT:
+    if len(header) >= 1 << 16 or len(text.encode()) > _HEADER_LIMIT:
         raise bad_argument("message.layout", f"{len(layout.leaves)} leaves", "their paths are too much for a header")
     upper = (scales.view(np.uint32) >> 16).astype("<u2").tobytes()
     content = b"".join([_MAGIC, struct.pack("<H", len(header)), header, upper, body])
@@ -102,7 +100,7 @@ def load(path: str | os.PathLike[str], *, limit: int = _LIMIT) -> Message:
 
     Args:
         path: of the file.
-        limit: the most weights that it may decode to; each takes some 50 bytes while it is decoded.
+        limit: the most weights that it may decode to; each takes some 125 bytes while it is decoded.
 
     Raises:
         ValueError: the file is damaged or none of this kind, or holds more weights than `limit`.
@@ -110,17 +108,25 @@ def load(path: str | os.PathLike[str], *, limit: int = _LIMIT) -> Message:
     """
     content = Path(path).read_bytes()
     try:
-        message = _read(content)
+        header, rest = _parts(content)
+        weights = max(header.layout.weights, header.layout.blocks * header.layout.width)
+        message = _read(header, rest) if weights <= limit else None
     except (ValueError, struct.error, zlib.error) as error:
         raise bad_argument("path", path, "it is damaged, or no file of compressed weights: copy it again") from error
-    weights = max(message.layout.weights, message.layout.blocks * message.layout.width)
-    if weights > limit:
+    if message is None:
         raise bad_argument("limit", limit, f"{path} decodes to {weights} weights: allow them if you trust it")
     return message
 
 
-def _read(content: bytes) -> Message:
-    """The message in a file; any error means that it is damaged."""
+class _Header(NamedTuple):
+    layout: Layout
+    bits: int
+    kl: float
+    adaptive: int  # whether bit lengths are entropy-coded
+
+
+def _parts(content: bytes) -> tuple[_Header, bytes]:
+    """The header of a file and what follows it; any error means that it is damaged."""
     if content[: len(_MAGIC)] != _MAGIC or zlib.crc32(content[:-4]) != struct.unpack("<I", content[-4:])[0]:
         raise ValueError("magic or sum")
     start = len(_MAGIC) + 2
@@ -131,10 +137,15 @@ def _read(content: bytes) -> Message:
     width, seed, bits, adaptive = map(int, rest)
     layout = Layout(tuple(map(_leaf, lines)), width, seed)
     check_layout(layout)
-    check_between("bits", bits, 1, 30)
-    check_between("kl", float(kl), 0, 1e9)
-    upper = np.frombuffer(content[end:-4], "<u2", len(layout.leaves))
-    body = content[end + upper.nbytes : -4]
+    return _Header(layout, bits, float(kl), adaptive), content[end:-4]
+
+
+def _read(header: _Header, content: bytes) -> Message:
+    """The message behind a header; any error means that it is damaged."""
+    layout, bits, kl, adaptive = header
+    check_between("bits", bits, 1, _MOST_BITS)
+    upper = np.frombuffer(content, "<u2", len(layout.leaves))
+    body = content[upper.nbytes :]
     if adaptive:
         lengths, at = decode_symbols(body, layout.blocks, bits + 1)
         indices = _unpack(body[at:], lengths) + (1 << lengths) - 1
@@ -142,22 +153,32 @@ def _read(content: bytes) -> Message:
         indices = _unpack(body, np.full(layout.blocks, bits))
     else:
         raise ValueError("length")
-    check_between("indices", int(indices.max()), 0, 2**bits - 1)
     scales = (upper.astype(np.uint32) << 16).view(np.float32)
-    if not _sound(scales):
-        raise ValueError(f"scales {scales}")
-    return Message(layout, scales, bits, indices.astype(np.uint32), float(kl))
+    message = Message(layout, scales, bits, indices, kl)
+    _check(message)
+    return message._replace(indices=indices.astype(np.uint32))
 
 
-def _sound(scales: np.ndarray) -> bool:
-    """Whether all scales [leaves] are above 0 and no weight overflows."""
-    return bool(((scales > 0) & (scales < _SCALE_LIMIT)).all())
+def _check(message: Message) -> None:
+    """Raises ValueError unless a file can hold the message."""
+    layout, scales, bits, indices, kl = message
+    indices = np.asarray(indices)
+    check_layout(layout)
+    check_between("message.bits", bits, 1, _MOST_BITS)
+    check_between("message.kl", kl, 0, 1e9)
+    if indices.shape != (layout.blocks,):
+        raise bad_argument("message.indices", f"shape {indices.shape}", f"pass one for each of {layout.blocks} blocks")
+    for index in (indices.min(), indices.max()):
+        check_between("message.indices", int(index), 0, 2**bits - 1)
+    low, high = _SCALES
+    sound = scales.shape == (len(layout.leaves),) and ((scales >= low) & (scales <= high)).all()
+    if not sound or not np.array_equal(scales, storable(scales)):
+        fix = f"pass one from {low} to {high} for each leaf, rounded with storable() before anything is coded"
+        raise bad_argument("message.scales", scales, fix)
 
 
 def _line(leaf: Leaf) -> str:
     """A leaf in the header: its path, a tab, its shape, and the number of its values if that is smaller."""
-    if set("\t\n") & set(leaf.path):
-        raise bad_argument("message.layout", repr(leaf.path), "paths have neither tabs nor line breaks: rename it")
     return f"{leaf.path}\t{' '.join(map(str, leaf.shape))}" + (f":{leaf.values}" if leaf.values < leaf.size else "")
 
 
@@ -165,6 +186,8 @@ def _leaf(line: str) -> Leaf:
     path, rest = line.split("\t")
     sizes, colon, kept = rest.partition(":")
     shape = tuple(map(int, sizes.split()))
+    if len(shape) > _AXES or not all(1 <= size < 1 << 31 for size in shape):
+        raise ValueError(f"shape {sizes}")
     return Leaf(path, shape, int(kept) if colon else math.prod(shape))
 
 

@@ -25,5 +25,5 @@ def test_samples_and_bits_are_compared_and_a_finished_run_is_told(tmp_path, caps
 
 
 def test_budgets_must_be_there(tmp_path):
-    with pytest.raises(ValueError, match=r"kl: got 0.0; pass 0\.1 or more"):
+    with pytest.raises(ValueError, match=r"kl: got 0\.0; pass a number from 0\.1 to 26"):
         coders.main([*SMOKE, "--kl", "0", "--out", str(tmp_path)])
