@@ -147,8 +147,9 @@ def _race(
         words, _ = threefry.threefry_2x32(own_key, (blocks[:, None], numbers[None]))
         arrivals = process(threefry.exponential_of_word(words), race.next, numbers, count)
         scores = log_weights - jnp.log(arrivals.times)
-        ahead = jnp.argmax(scores, axis=1)
         score = scores.max(axis=1)
+        # Not argmax, which XLA:CPU does one by one
+        ahead = jnp.where(scores == score[:, None], numbers, numbers[-1]).min(axis=1)
         better = (score > race.best) & ~race.decided
         best = jnp.where(better, score, race.best)
         top = jnp.maximum(race.top, jnp.where(race.decided, race.top, log_weights.max(axis=1)))
@@ -156,7 +157,7 @@ def _race(
         shrink = jnp.exp(race.top - top)
         ended = jnp.isinf(arrivals.next) | (bound - jnp.log(arrivals.next) < best)
         return _Race(
-            race.chunk + 1, arrivals.next, best, jnp.where(better, numbers[ahead], race.winner),
+            race.chunk + 1, arrivals.next, best, jnp.where(better, ahead, race.winner),
             race.decided | ended, race.seen + jnp.where(race.decided, 0, size),
             top, race.total * shrink + weights.sum(axis=1), race.squares * shrink**2 + (weights**2).sum(axis=1),
         )  # fmt: skip
