@@ -14,7 +14,12 @@ import numpy as np
 from experiments.benchmarks.harness import Case, Step, main
 from experiments.card import Card
 
-CARDS = {"": Card("not measured", "not measured")}
+CARDS = {
+    "": Card(
+        "3 min",
+        "AlexNet 1.3 times as fast as PyTorch, ResNet-18 0.56 times: XLA:CPU is slow at its convolutions' gradients",
+    )
+}
 Name = Literal["AlexNet", "ResNet-18"]
 BATCH, CLASSES, TASKS, PENALTY = 64, 10, 10, 1e-3
 
