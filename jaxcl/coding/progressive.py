@@ -8,6 +8,7 @@ What is left to train makes up for what coded blocks came to (Havasi, Peharz and
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -50,15 +51,11 @@ def mean_kl_posterior(layout: Layout, kl: float) -> Posterior:
     check_at_least("kl", kl, 1e-6)
     leaf_of = places(layout).leaf
 
-    def init(key: Key, params: PyTree) -> Variables:
-        raw_mean = 0.5 * threefry.standard_normal(key, leaf_of.shape)
-        return Variables(raw_mean, jnp.zeros(leaf_of.shape), _log_scales(params))
-
     def gaussians(variables: Variables) -> tuple[Gaussian, Gaussian]:
         prior = _prior(variables, leaf_of)
         return gaussian.mean_kl(variables.raw_mean, variables.raw_spread, kl * math.log(2), prior), prior
 
-    return Posterior(init, gaussians)
+    return Posterior(partial(_first_variables, leaf_of.shape, 0.0), gaussians)
 
 
 def mean_var_posterior(layout: Layout, kl: float) -> Posterior:
@@ -70,16 +67,12 @@ def mean_var_posterior(layout: Layout, kl: float) -> Posterior:
     check_at_least("kl", kl, 1e-6)
     leaf_of = places(layout).leaf
 
-    def init(key: Key, params: PyTree) -> Variables:
-        raw_mean = 0.5 * threefry.standard_normal(key, leaf_of.shape)
-        return Variables(raw_mean, jnp.full(leaf_of.shape, -2, jnp.float32), _log_scales(params))
-
     def gaussians(variables: Variables) -> tuple[Gaussian, Gaussian]:
         prior = _prior(variables, leaf_of)
         unit = gaussian.mean_var(variables.raw_mean, variables.raw_spread)
         return Gaussian(unit.mean * prior.scale, unit.scale * prior.scale), prior
 
-    return Posterior(init, gaussians, kl)
+    return Posterior(partial(_first_variables, leaf_of.shape, -2.0), gaussians, kl)
 
 
 def _prior(variables: Variables, leaf_of: np.ndarray) -> Gaussian:
@@ -87,9 +80,12 @@ def _prior(variables: Variables, leaf_of: np.ndarray) -> Gaussian:
     return Gaussian(jnp.zeros_like(scale), scale)
 
 
-def _log_scales(params: PyTree) -> Array:
-    spreads = [jnp.sqrt(jnp.mean(jnp.square(leaf))) for leaf in jax.tree.leaves(params)]
-    return jnp.log(jnp.maximum(jnp.stack(spreads), _SMALLEST_SCALE))
+def _first_variables(shape: tuple[int, ...], spread: float, key: Key, params: PyTree) -> Variables:
+    scales = jnp.stack([jnp.sqrt(jnp.mean(jnp.square(leaf))) for leaf in jax.tree.leaves(params)])
+    return Variables(
+        0.5 * threefry.standard_normal(key, shape), jnp.full(shape, spread, jnp.float32),
+        jnp.log(jnp.maximum(scales, _SMALLEST_SCALE)),
+    )  # fmt: skip
 
 
 class Progress(NamedTuple):
