@@ -8,10 +8,10 @@ file of all blocks. ``python -m experiments.coders``
 """
 
 import dataclasses
-import functools
 import math
 import time
 from collections.abc import Mapping, Sequence
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,9 +22,9 @@ from scipy import stats
 from tqdm import tqdm
 
 from experiments.card import Card
-from experiments.common import BaseConfig, claim_folder, environment, finished_before, parse_command
-from experiments.rows import columns, file_name
-from jaxcl import coding, files, gaussian, report
+from experiments.common import BaseConfig, claim_folder, finished_before, parse_command
+from experiments.rows import Outcome, file_name, finish, kept
+from jaxcl import coding, gaussian, report
 from jaxcl.coding import Coder
 from jaxcl.gaussian import Gaussian
 from jaxcl.typing import check_at_least, check_between
@@ -39,7 +39,6 @@ CARDS = {
 }
 CODERS = {"mrc": coding.mrc, "orc": coding.orc, "astar": coding.astar}
 AT_ONCE = 4096  # blocks
-MOST_BITS = 30  # of an index
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     check_at_least("samples", config.samples, 100)
     check_at_least("seeds", config.seeds, 1)
     for bits in config.kl:
-        check_between("kl", bits, 0.1, MOST_BITS - max(config.spare_bits))
+        check_between("kl", bits, 0.1, coding.MOST_BITS - max(config.spare_bits))
     rows = [f"astar:{width}:{bits:g}" for width in config.widths for bits in config.kl] + [
         f"{coder}:{width}:{bits:g}:{spare}"
         for coder in ("mrc", "orc") for width in config.widths for bits in config.kl for spare in config.spare_bits
@@ -79,33 +78,22 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     settings = claim_folder(config)
     if (document := finished_before(config.out)) is not None:
         return document
-    found = {row: [_outcome(config, row, seed) for seed in range(config.seeds)] for row in rows}
-    document = {
-        "experiment": "coders",
-        "preset": config.preset,
-        "config": settings,
-        "results": {row: columns([one["results"] for one in of_seeds]) for row, of_seeds in found.items()},
-        "costs": {row: columns([one["costs"] for one in of_seeds]) for row, of_seeds in found.items()},
-        "environment": environment(),
-        "seconds": time.perf_counter() - began,
+    found = {
+        row: [
+            kept(config.out / "rows" / f"{file_name(row)}-{seed}.json", partial(_outcome, config, row, seed))
+            for seed in range(config.seeds)
+        ]
+        for row in rows
     }
     results = {row: of_seeds[0]["results"] for row, of_seeds in found.items()}
-    files.write_atomic(config.out / "report.html", report.html_report(document, _figures(config, results)))
-    report.write_json(config.out / "metrics.json", document)  # last: it says that the run is finished
-    print(report.results_table(document["results"], document["costs"]))
-    print(f"\nWrote {config.out}/report.html, metrics.json and config.json.")
-    return document
+    return finish(config, "coders", settings, found, began, lambda: _figures(config, results))
 
 
-def _outcome(config: Config, row: str, seed: int) -> dict[str, Any]:
-    """Results and costs of a row with one seed, as kept in the folder; worked out if they are not there yet."""
-    path = config.out / "rows" / f"{file_name(row)}-{seed}.json"
-    if path.exists():
-        kept: dict[str, Any] = report.read_json(path)
-        return kept
+def _outcome(config: Config, row: str, seed: int) -> Outcome:
+    """Results and costs of a row with one seed."""
     coder, width, bits, *spare = row.split(":")
     q, p = _posterior(int(width), float(bits))
-    most = MOST_BITS if coder == "astar" else math.ceil(float(bits)) + int(spare[0])
+    most = coding.MOST_BITS if coder == "astar" else math.ceil(float(bits)) + int(spare[0])
     began = time.perf_counter()
     indices, effective = np.zeros(config.samples, np.uint32), np.zeros(config.samples)
     with tqdm(desc=row, total=config.samples, unit="block", dynamic_ncols=True) as bar:
@@ -119,7 +107,7 @@ def _outcome(config: Config, row: str, seed: int) -> dict[str, Any]:
     message = coding.Message(layout, np.ones(1, np.float32), most, indices, float(bits))
     file = config.out / "files" / f"{file_name(row)}-{seed}.jcl"
     spent = 8 * coding.save(file, message) / config.samples
-    outcome = {
+    return {
         "results": {
             "p_of_first": float(stats.kstest(errors[:, 0], "norm").pvalue),
             "p_of_distance": float(stats.kstest((errors**2).sum(axis=1), stats.chi2(int(width)).cdf).pvalue),
@@ -131,8 +119,6 @@ def _outcome(config: Config, row: str, seed: int) -> dict[str, Any]:
         },
         "costs": {"seconds": time.perf_counter() - began},
     }
-    report.write_json(path, outcome)
-    return outcome
 
 
 def _posterior(width: int, bits: float) -> tuple[Gaussian, Gaussian]:
@@ -142,7 +128,7 @@ def _posterior(width: int, bits: float) -> tuple[Gaussian, Gaussian]:
     return gaussian.mean_kl(jnp.full((1, width), 0.6), share, jnp.full(1, bits * math.log(2)), prior), prior
 
 
-@functools.cache
+@cache
 def _coder(name: str, bits: int) -> Coder:
     return CODERS[name](bits)
 

@@ -24,10 +24,11 @@ import optax
 from tqdm import tqdm
 
 from experiments.card import Card
-from experiments.common import BaseConfig, claim_folder, environment, finished_before, parse_command
+from experiments.coders import CODERS
+from experiments.common import BaseConfig, claim_folder, finished_before, parse_command
 from experiments.images import load_images, read_images
-from experiments.rows import columns, file_name, history_csv
-from jaxcl import coding, data, files, gaussian, nets, report
+from experiments.rows import Outcome, file_name, finish, kept
+from jaxcl import coding, data, gaussian, nets, report
 from jaxcl.coding import Layout, Posterior, Progress, Told, TrainState
 from jaxcl.continual import Examples, sharding
 from jaxcl.continual.checkpoints import Checkpoint, Checkpoints
@@ -44,12 +45,10 @@ CARDS = {
         "not measured; it takes an accelerator", "MIRACLE's curve: 0.96 % at 1.5 kB, 0.69 % at 3.0 kB"
     ),
 }
-CODERS = {"mrc": coding.mrc, "orc": coding.orc, "astar": coding.astar}
 POSTERIORS = {"mean_kl": coding.mean_kl_posterior, "mean_var": coding.mean_var_posterior}
 NEAR = 1.1  # times its last value: where a loss counts as come down
 PRUNED = (0, 10, 20, 30, 40, 50, 60, 70, 80, 90)  # percent
 TESTED_AT_ONCE = 2000
-MOST_BITS = 30  # of an index
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,7 +120,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     check_at_least("coding_epochs", config.coding_epochs, 0)
     for row in config.rows:  # so that a misspelt one is told before any work
         _, bits = _parsed(row)
-        check_between("rows", bits, 0.1, MOST_BITS - config.spare_bits)
+        check_between("rows", bits, 0.1, coding.MOST_BITS - config.spare_bits)
     began = time.perf_counter()
     settings = claim_folder(config)
     if (document := finished_before(config.out)) is not None:
@@ -129,22 +128,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     task = _task(config)
     seeds = range(config.seeds)
     found = {row: [_Compression(config, task, row, seed).outcome() for seed in seeds] for row in config.rows}
-    document = {
-        "experiment": "miracle",
-        "preset": config.preset,
-        "config": settings,
-        "results": {row: columns([one["results"] for one in of_seeds]) for row, of_seeds in found.items()},
-        "costs": {row: columns([one["costs"] for one in of_seeds]) for row, of_seeds in found.items()},
-        "environment": environment(),
-        "seconds": time.perf_counter() - began,
-    }
     histories = {row: of_seeds[0]["history"] for row, of_seeds in found.items()}
-    files.write_atomic(config.out / "history.csv", history_csv(histories))
-    files.write_atomic(config.out / "report.html", report.html_report(document, _figures(found)))
-    report.write_json(config.out / "metrics.json", document)  # last: it says that the run is finished
-    print(report.results_table(document["results"], document["costs"]))
-    print(f"\nWrote {config.out}/report.html, metrics.json, config.json, history.csv and files/*.jcl.")
-    return document
+    return finish(config, "miracle", settings, found, began, lambda: _figures(found), histories)
 
 
 class Images(NamedTuple):
@@ -198,6 +183,7 @@ class _Compression:
 
     def __init__(self, config: Config, task: Task, row: str, seed: int) -> None:
         self._config, self._task, self._row, self._seed = config, task, row, seed
+        self._name = f"{file_name(row)}-{seed}"  # of its files
         name, self._bits = _parsed(row)
         self._init_key, self._step_key, self._coder_key, self._draw_key = jax.random.split(jax.random.key(seed), 4)
         self._params = task.network.init(self._init_key, task.train.inputs[:1])
@@ -226,13 +212,12 @@ class _Compression:
         # Part i is coded before step `due[i]`: the first after the epochs of training, the last in the end.
         self._due = [first + left * part // max(parts - 1, 1) for part in range(parts)]
 
-    def outcome(self) -> dict[str, Any]:
+    def outcome(self) -> Outcome:
         """Results, costs, history and what the report draws, as kept in the folder; worked out if not there yet."""
-        name = f"{file_name(self._row)}-{self._seed}"
-        path, written = self._config.out / "rows" / f"{name}.json", self._config.out / "files" / f"{name}.jcl"
-        if path.exists():
-            kept: dict[str, Any] = report.read_json(path)
-            return kept
+        return kept(self._config.out / "rows" / f"{self._name}.json", self._work)
+
+    def _work(self) -> Outcome:
+        written = self._config.out / "files" / f"{self._name}.jcl"
         state, progress, record = self._train()
         size = coding.save(written, coding.message(self._coder, self._layout, state.variables, progress))
         decoded = coding.decode(coding.load(written))
@@ -241,14 +226,13 @@ class _Compression:
         if not np.array_equal(answers, self._answers(trained)):
             raise RuntimeError(f"{written} does not answer as the network that was coded")
         losses = [entry["loss"] for entry in record["history"]]
-        epochs = len(losses)
-        outcome = {
+        return {
             "results": {
                 "error": self._error(answers), "bytes": size, **record["before"],
                 "kl_bits": float(progress.kl.mean()), "spent_bits": 8 * size / self._layout.blocks,
                 "effective_sample_size": record["effective"] / self._layout.blocks,
                 "epochs_to_loss": next(
-                    number for number in range(1, epochs + 1) if losses[number - 1] <= NEAR * record["settled"]
+                    epoch for epoch, loss in enumerate(losses, 1) if loss <= NEAR * record["settled"]
                 ),
             },
             "costs": {"seconds": record["seconds"]},
@@ -257,18 +241,16 @@ class _Compression:
             "information": record["information"],
             "spread": record["spread"],
         }  # fmt: skip
-        report.write_json(path, outcome)
-        return outcome
 
     def _train(self) -> tuple[TrainState, Progress, dict[str, Any]]:
         """What training came to: the state, all blocks coded, and what was recorded on the way."""
         config, train = self._config, self._task.train
-        name = f"{self._row}, seed {self._seed}"
+        title = f"{self._row}, seed {self._seed}"
         keeper = Checkpoints(
-            Checkpoint(config.out / "checkpoints", config.checkpoint_seconds), f"{file_name(self._row)}-{self._seed}",
+            Checkpoint(config.out / "checkpoints", config.checkpoint_seconds), self._name,
             {"row": self._row, "seed": self._seed}, alone=True,
         )  # fmt: skip
-        with closing(keeper), tqdm(desc=name, total=self._steps, unit="step", dynamic_ncols=True) as bar:
+        with closing(keeper), tqdm(desc=title, total=self._steps, unit="step", dynamic_ncols=True) as bar:
             state, progress, record = self._start(keeper)
             bar.update(record["step"])
             began, order_of = time.perf_counter() - record["seconds"], -1
@@ -320,7 +302,7 @@ class _Compression:
         if part == 0:
             state = state._replace(variables=coding.with_storable_priors(state.variables))
             record |= self._look(state)
-            record["settled"] = record["history"][-1]["loss"] if record["history"] else math.inf
+            record["settled"] = record["history"][-1]["loss"]
         progress, encoded = coding.encode_next(
             jax.random.fold_in(self._coder_key, part), self._coder, self._layout, self._posterior, state.variables,
             progress, self._of_part,

@@ -19,8 +19,8 @@ import numpy as np
 import optax
 from tqdm import tqdm
 
-from experiments.common import BaseConfig, claim_folder, environment, finished_before
-from experiments.rows import columns, file_name, history_csv
+from experiments.common import BaseConfig, claim_folder, finished_before
+from experiments.rows import Outcome, file_name, finish, kept
 from experiments.token_prior import sampled_tokens
 from jaxcl import files, quantize, report, tokenizer, trees
 from jaxcl.continual.checkpoints import Checkpoint, Checkpoints
@@ -165,33 +165,18 @@ def run(config: TokenizerConfig, experiment: str, material: Material) -> dict[st
     settings = claim_folder(config)
     if (document := finished_before(config.out)) is not None:
         return document
-    results: dict[str, Any] = {}
-    costs: dict[str, Any] = {}
-    histories: dict[str, list[dict[str, float]]] = {}
-    for name, row in rows.items():
-        of_seeds = [_Row(config, material, name, *row, seed).outcome() for seed in range(config.seeds)]
-        results[name] = columns([one["results"] for one in of_seeds])
-        costs[name] = columns([one["costs"] for one in of_seeds])
-        histories[name] = of_seeds[0]["history"]
-    document = {
-        "experiment": experiment,
-        "preset": config.preset,
-        "config": settings,
-        "results": results,
-        "costs": costs,
-        "environment": environment(),
-        "seconds": time.perf_counter() - began,
-    }
-    shown = {name: np.load(_examples_path(config, name, 0), allow_pickle=False) for name in ("original", *rows)}
-    if config.prior_row is not None:
-        shown["sampled by a prior"] = _Row(config, material, config.prior_row, *rows[config.prior_row], 0).sampled()
-    figures = material.figures(shown) | _curves(histories)
-    files.write_atomic(config.out / "history.csv", history_csv(histories))
-    files.write_atomic(config.out / "report.html", report.html_report(document, figures))
-    report.write_json(config.out / "metrics.json", document)  # last: it says that the run is finished
-    print(report.results_table(results, costs))
-    print(f"\nWrote {config.out}/report.html, metrics.json, config.json and history.csv.")
-    return document
+    seeds = range(config.seeds)
+    found = {name: [_Row(config, material, name, *row, seed).outcome() for seed in seeds] for name, row in rows.items()}
+    histories = {name: of_seeds[0]["history"] for name, of_seeds in found.items()}
+
+    def figures() -> "dict[str, Figure]":
+        shown = {name: np.load(_examples_path(config, name, 0), allow_pickle=False) for name in ("original", *rows)}
+        if config.prior_row is not None:
+            prior = _Row(config, material, config.prior_row, *rows[config.prior_row], 0)
+            shown["sampled by a prior"] = prior.sampled()
+        return material.figures(shown) | _curves(histories)
+
+    return finish(config, experiment, settings, found, began, figures, histories)
 
 
 class _Row:
@@ -215,12 +200,12 @@ class _Row:
         )  # fmt: skip
         self._step = jax.jit(self._counted_step, donate_argnums=(1, 2))
 
-    def outcome(self) -> dict[str, Any]:
+    def outcome(self) -> Outcome:
         """Results, costs and history, as kept in the folder; worked out if they are not there yet."""
         path = self._config.out / "rows" / f"{file_name(self._name)}-{self._seed}.json"
-        if path.exists():
-            kept: dict[str, Any] = report.read_json(path)
-            return kept
+        return kept(path, self._work)
+
+    def _work(self) -> Outcome:
         _forget_peak()
         state, history, seconds = self._train()
         began = time.perf_counter()
@@ -235,9 +220,7 @@ class _Row:
             "measuring_seconds": before + time.perf_counter() - began,
             "peak_memory": _peak(),
         }
-        outcome = {"results": results, "costs": costs, "history": history}
-        report.write_json(path, outcome)
-        return outcome
+        return {"results": results, "costs": costs, "history": history}
 
     def sampled(self) -> np.ndarray:
         """What is decoded from tokens that a prior sampled, [examples, ...], like the inputs."""

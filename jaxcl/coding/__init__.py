@@ -7,7 +7,7 @@ is trained, and `encode_next` codes it with one of the coders `mrc`, `orc` and `
 """
 
 from jaxcl.coding.candidates import chosen_candidates, exact_normal_of_word
-from jaxcl.coding.coders import Coder, Encoded, astar, mrc, orc
+from jaxcl.coding.coders import MOST_BITS, Coder, Encoded, astar, mrc, orc
 from jaxcl.coding.layout import Layout, Leaf, Places, layout_of, places, tree_of_values
 from jaxcl.coding.progressive import (
     Posterior,
@@ -28,7 +28,7 @@ from jaxcl.coding.progressive import (
 from jaxcl.coding.storage import Message, decode, load, save, storable, values
 
 __all__ = [
-    "Coder", "Encoded", "Layout", "Leaf", "Message", "Places", "Posterior", "Progress", "Told",
+    "MOST_BITS", "Coder", "Encoded", "Layout", "Leaf", "Message", "Places", "Posterior", "Progress", "Told",
     "TrainState", "Trainer", "Variables", "astar",
     "chosen_candidates", "decode", "encode_next", "exact_normal_of_word", "layout_of", "load", "mean_kl_posterior",
     "mean_var_posterior", "message", "mrc", "nothing_coded", "orc", "places", "sample_values", "save", "storable",

@@ -61,19 +61,13 @@ def _table() -> np.ndarray:
         RuntimeError: the machine's floats are not those of IEEE 754.
     """
     coefficients = np.zeros((_OCTAVES * _STEPS, 4))
-    upper, slope_up = (
-        0.0,
-        _ROOT_OF_TWO_PI * 2.0**-2 / _STEPS,
-    )  # the slope is by part of an interval, towards its lower end
+    # Slopes are by part of an interval, towards its lower end.
+    upper, slope_up = 0.0, _ROOT_OF_TWO_PI * 2.0**-2 / _STEPS
     for interval in reversed(range(_OCTAVES * _STEPS)):
         lower, slope_down = _taylor(upper, slope_up)
         rise = upper - lower
-        coefficients[interval] = (
-            lower,
-            -slope_down,
-            3 * rise + 2 * slope_down + slope_up,
-            -2 * rise - slope_down - slope_up,
-        )
+        square, cubic = 3 * rise + 2 * slope_down + slope_up, -2 * rise - slope_down - slope_up
+        coefficients[interval] = lower, -slope_down, square, cubic
         upper, slope_up = lower, slope_down / (1 if interval % _STEPS else 2)  # the next octave is half as wide
     if zlib.crc32(coefficients.astype("<f8").tobytes()) != _SUM:
         raise RuntimeError("this machine's floating point is not that of IEEE 754: nothing can be decoded on it")

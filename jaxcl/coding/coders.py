@@ -16,6 +16,7 @@ from jaxcl import threefry
 from jaxcl.gaussian import Gaussian
 from jaxcl.typing import Array, ArrayLike, Key, check_between, check_rank
 
+MOST_BITS = 30  # of an index
 _CHUNK = 1 << 18  # candidates of all blocks that are looked at together, about
 
 
@@ -32,9 +33,8 @@ class Encoded(NamedTuple):
 class Coder(NamedTuple):
     """A way to pick candidates, and how many there may be."""
 
-    encode: Callable[
-        [Key, ArrayLike | int, ArrayLike, Gaussian, Gaussian], Encoded
-    ]  # (key, seed, blocks, q, p); see `mrc`
+    # (key, seed, blocks, q, p) -> what was found; see `mrc`
+    encode: Callable[[Key, ArrayLike | int, ArrayLike, Gaussian, Gaussian], Encoded]
     bits: int  # an index is below 2^bits
 
 
@@ -105,7 +105,7 @@ def _poisson_arrivals(waits: Array, before: Array, _: Array, __: int) -> _Arriva
 
 
 def _coder(bits: int, process: _Process) -> Coder:
-    check_between("bits", bits, 1, 30)
+    check_between("bits", bits, 1, MOST_BITS)
     race = jax.jit(partial(_race, count=2**bits, process=process))
 
     def encode(key: Key, seed: ArrayLike | int, blocks: ArrayLike, q: Gaussian, p: Gaussian) -> Encoded:

@@ -18,6 +18,7 @@ import numpy as np
 from jaxcl import files
 from jaxcl.coding.arithmetic import decode_symbols, encode_symbols
 from jaxcl.coding.candidates import chosen_candidates
+from jaxcl.coding.coders import MOST_BITS
 from jaxcl.coding.layout import Layout, Leaf, check_layout, nested, places
 from jaxcl.typing import ArrayLike, bad_argument, check_between
 
@@ -30,7 +31,6 @@ _WORDS = "\n".join((
     "params/Dense_1/bias\t", "params/Dense_1/kernel\t",
 )).encode()  # fmt: skip
 _HEADER_LIMIT = 1 << 20  # bytes of a header, inflated
-_MOST_BITS = 30  # of an index
 _AXES = 32  # of a leaf
 _SCALES = (1e-28, 1e37)  # candidates are from 2e-10 to 6.4: no weight is subnormal, and none overflows
 _LIMIT = 1 << 25  # weights, unless a caller allows more
@@ -143,7 +143,7 @@ def _parts(content: bytes) -> tuple[_Header, bytes]:
 def _read(header: _Header, content: bytes) -> Message:
     """The message behind a header; any error means that it is damaged."""
     layout, bits, kl, adaptive = header
-    check_between("bits", bits, 1, _MOST_BITS)
+    check_between("bits", bits, 1, MOST_BITS)
     upper = np.frombuffer(content, "<u2", len(layout.leaves))
     body = content[upper.nbytes :]
     if adaptive:
@@ -164,7 +164,7 @@ def _check(message: Message) -> None:
     layout, scales, bits, indices, kl = message
     indices = np.asarray(indices)
     check_layout(layout)
-    check_between("message.bits", bits, 1, _MOST_BITS)
+    check_between("message.bits", bits, 1, MOST_BITS)
     check_between("message.kl", kl, 0, 1e9)
     if indices.shape != (layout.blocks,):
         raise bad_argument("message.indices", f"shape {indices.shape}", f"pass one for each of {layout.blocks} blocks")

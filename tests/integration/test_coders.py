@@ -19,7 +19,7 @@ def test_samples_and_bits_are_compared_and_a_finished_run_is_told(tmp_path, caps
         assert few["deviation_off"] > 0.2 > 2 * abs(many["deviation_off"])
     assert means["orc:2:2:4"]["spent_bits"] < means["mrc:2:2:4"]["spent_bits"]
     assert (tmp_path / "report.html").read_text().count("<svg") == 3
-    monkeypatch.setattr(coders, "_outcome", None)
+    monkeypatch.setattr(coders, "kept", None)
     document = json.loads((tmp_path / "metrics.json").read_text(), parse_constant=pytest.fail)
     assert coders.main([*SMOKE, "--out", str(tmp_path)]) == document and "finished" in capsys.readouterr().out
 
