@@ -125,7 +125,8 @@ def of_loop(
     count, batches = inputs.shape[0], -(-inputs.shape[0] // batch_size)
     rows = placed(layout, jax.ShapeDtypeStruct((batches, batch_size), jnp.int32), None, DATA)
     source = Resident(whole(inputs), whole(jax.ShapeDtypeStruct((count,), jnp.int32)), rows, rows)
-    tables = whole(Tables(jnp.asarray(stream.eligible), stream.view_table))
+    eligible = jnp.asarray(stream.eligible)
+    tables = whole(Tables(eligible, eligible, stream.view_table))
     key, number = whole(jax.eval_shape(jax.random.key, 0)), jax.ShapeDtypeStruct((), jnp.int32)
     state = jax.eval_shape(programs.start, key, split(layout, params), tables, source)
     arguments = key, split(layout, state), tables, source, number, number, number

@@ -2,5 +2,5 @@
 
 Import the module you need: ``from jaxcl import bottleneck``. From the ground up they are ``typing``, ``files``,
 ``trees``, ``threefry``, ``nearest``, ``reconstruction``, ``quantize``, ``tokenizer``, ``masked_prior``, ``bottleneck``,
-``masks``, ``gaussian``, ``coding``, ``continual``, ``nets``, ``data`` and ``report``.
+``masks``, ``gaussian``, ``coding``, ``adapters``, ``continual``, ``nets``, ``data`` and ``report``.
 """

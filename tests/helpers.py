@@ -1,10 +1,12 @@
-"""What several test files use: golden values, both ways to call, closeness, numerical gradients, a mesh of devices."""
+"""What several test files use: golden values and weights, both ways to call, closeness, gradients, a device mesh."""
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -43,6 +45,29 @@ def golden(name):
     with np.load(GOLDENS / f"{name}.npz", allow_pickle=False) as file:
         arrays = {key: file[key] for key in file.files}
     return arrays, json.loads(str(arrays.pop("meta")))
+
+
+def golden_folder(folder, name):
+    """`folder` with config.json and model.safetensors of goldens/`name`, as Hugging Face has them."""
+    shutil.copy(GOLDENS / f"{name}.config.json", folder / "config.json")
+    shutil.copy(GOLDENS / f"{name}.safetensors", folder / "model.safetensors")
+    return folder
+
+
+def changed_config(folder, tmp_path, **changes):
+    """A copy of the folder with other entries in config.json; None takes one away."""
+    shutil.copytree(folder, tmp_path / "copy")
+    path = tmp_path / "copy" / "config.json"
+    config = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({name: value for name, value in config.items() if value is not None}))
+    return tmp_path / "copy"
+
+
+def drawn(net, *arguments, scale=0.4):
+    """Parameters of a network, all of which count: the initialiser would be compiled for each leaf."""
+    rng = np.random.default_rng(0)
+    shapes = jax.eval_shape(net.init, jax.random.key(0), *arguments)
+    return jax.tree.map(lambda leaf: jnp.asarray(scale * rng.normal(size=leaf.shape), jnp.float32), shapes)
 
 
 def assert_close(actual, expected, tolerance=1e-5):

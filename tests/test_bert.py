@@ -1,13 +1,10 @@
 """BERT against a recorded run of its reference, and MiniLM with its published weights."""
 
-import json
-import shutil
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import GOLDENS, assert_close, both_ways, golden
+from helpers import assert_close, both_ways, changed_config, golden, golden_folder
 
 from jaxcl import nets
 from jaxcl.nearest import normalise
@@ -16,10 +13,7 @@ from jaxcl.nearest import normalise
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """The recorded encoder as a Hugging Face folder."""
-    folder = tmp_path_factory.mktemp("tiny_bert")
-    shutil.copy(GOLDENS / "tiny_bert.config.json", folder / "config.json")
-    shutil.copy(GOLDENS / "tiny_bert.safetensors", folder / "model.safetensors")
-    return folder
+    return golden_folder(tmp_path_factory.mktemp("tiny_bert"), "tiny_bert")
 
 
 @both_ways
@@ -40,6 +34,24 @@ def test_each_layer_is_that_of_the_reference(folder):
     kept = state["intermediates"]
     assert_close(kept["embedding_norm"]["__call__"][0], arrays["embedding_output"], 1e-5)
     assert_close(kept["layers_0"]["__call__"][0], arrays["layer1_output"], 1e-5)
+
+
+def test_layers_by_themselves_go_on_where_others_end(folder):
+    arrays, _ = golden("tiny_bert")
+    net, params = nets.load_bert(folder)
+    tokens, mask = jnp.asarray(arrays["input_ids"]), jnp.asarray(arrays["attention_mask"])
+    before = net.clone(layers=1).apply(params, tokens, mask)
+    rest = nets.BERTLayers(1, net.layers - 1, net.heads, net.hidden, net.epsilon, net.activation)
+    assert_close(rest.apply(params, before, mask), net.apply(params, tokens, mask), 1e-6)
+
+
+def test_bfloat16_is_near(folder):
+    arrays, _ = golden("tiny_bert")
+    tokens = jnp.asarray(arrays["input_ids"])
+    net, params = nets.load_bert(folder, jnp.bfloat16)
+    vectors = net.apply(params, tokens)
+    assert vectors.dtype == jnp.bfloat16
+    assert_close(vectors.astype(jnp.float32), arrays["last_hidden_state_defaults"], 0.05)
 
 
 def test_what_is_masked_changes_nothing(folder):
@@ -70,15 +82,6 @@ def test_minilm_is_that_of_the_reference():
 # Loading
 
 
-def changed(folder, tmp_path, **changes):
-    """A copy of the folder with other entries in config.json; None takes one away."""
-    shutil.copytree(folder, tmp_path / "copy")
-    path = tmp_path / "copy" / "config.json"
-    config = json.loads(path.read_text()) | changes
-    path.write_text(json.dumps({name: value for name, value in config.items() if value is not None}))
-    return tmp_path / "copy"
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -93,11 +96,11 @@ def changed(folder, tmp_path, **changes):
 )
 def test_other_folders_are_refused(changes, message, folder, tmp_path):
     with pytest.raises(ValueError, match=message):
-        nets.load_bert(changed(folder, tmp_path, **changes))
+        nets.load_bert(changed_config(folder, tmp_path, **changes))
 
 
 def test_a_damaged_config_is_refused(folder, tmp_path):
-    path = changed(folder, tmp_path)
+    path = changed_config(folder, tmp_path)
     (path / "config.json").write_text('{"model_type": ')
     with pytest.raises(ValueError, match=r"folder: got .*config.json.*the file is damaged"):
         nets.load_bert(path)
@@ -112,7 +115,7 @@ def test_texts_that_are_too_long_are_refused(folder):
 def test_names_with_the_encoder_in_front_are_read(folder, tmp_path):
     from safetensors.numpy import load_file, save_file
 
-    path = changed(folder, tmp_path)
+    path = changed_config(folder, tmp_path)
     tensors = load_file(path / "model.safetensors")
     save_file({f"bert.{name}": tensor for name, tensor in tensors.items()}, path / "model.safetensors")
     jax.tree.map(np.testing.assert_array_equal, nets.load_bert(path)[1], nets.load_bert(folder)[1])

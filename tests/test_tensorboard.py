@@ -46,7 +46,7 @@ def shown(folder):
 def progress(stage, epoch, *, loss=1.0, **changed):
     fields = {
         "seed": 0, "seeds": 1, "stage": stage, "stages": 3, "epoch": epoch, "epochs": 2, "examples": 300,
-        "metrics": {"loss": loss, "accuracy": 0.5}, "seconds": 1.5, "accuracy": None, "params": None,
+        "metrics": {"loss": loss, "accuracy": 0.5}, "seconds": 1.5, "accuracy": None, "params": None, "state": None,
     }  # fmt: skip
     return Progress(**fields | changed)
 

@@ -8,7 +8,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxcl.nets.weights import Source, data_file, load_by_name, read_safetensors
+from jaxcl.nets.weights import (
+    Source,
+    data_file,
+    is_copy,
+    load_by_name,
+    read_checkpoint,
+    read_config,
+    read_safetensors,
+    sources_of,
+)
 
 pytestmark = pytest.mark.core
 
@@ -88,7 +97,134 @@ def test_the_data_folder_is_looked_into(monkeypatch, tmp_path):
     assert data_file("a.npz") == tmp_path / "a.npz"
 
 
+# Hugging Face folders
+
+INDEX = "model.safetensors.index.json"
+
+
+def shards(folder, weight_map, index=None):
+    """Files of one float tensor a name each, full of its place in the map, and the index of them."""
+    pytest.importorskip("safetensors")
+    held = {}
+    for place, (name, shard) in enumerate(weight_map.items()):
+        held.setdefault(shard, {})[name] = ("F32", np.full((2, 2), place, np.float32))
+    for shard, tensors in held.items():
+        (folder / shard).write_bytes(safetensors_bytes(tensors))
+    (folder / INDEX).write_text(json.dumps({"weight_map": weight_map}) if index is None else index)
+
+
+SHARDS = {"a": "1.safetensors", "b": "2.safetensors", "c": "1.safetensors"}
+
+
+def test_shards_are_read_by_their_index(tmp_path):
+    shards(tmp_path, SHARDS)
+    tensors = read_checkpoint(str(tmp_path))
+    assert {name: tensor[0, 0] for name, tensor in tensors.items()} == {"a": 0, "b": 1, "c": 2}
+
+
+def test_a_tensor_is_read_from_the_shard_that_the_index_names(tmp_path):
+    shards(tmp_path, SHARDS)
+    whole = safetensors_bytes({name: ("F32", np.full(3, 9, np.float32)) for name in "abc"})
+    (tmp_path / "2.safetensors").write_bytes(whole)
+    assert {name: tensor.shape for name, tensor in read_checkpoint(tmp_path).items()} == {
+        "a": (2, 2), "b": (3,), "c": (2, 2),
+    }  # fmt: skip
+
+
+def test_one_file_goes_before_an_index(tmp_path):
+    shards(tmp_path, SHARDS)
+    (tmp_path / "model.safetensors").write_bytes(safetensors_bytes(ARRAYS))
+    assert set(read_checkpoint(tmp_path)) == set(ARRAYS)
+
+
+def test_a_folder_without_weights_is_said_so(tmp_path):
+    pytest.importorskip("safetensors")
+    with pytest.raises(FileNotFoundError):
+        read_checkpoint(tmp_path)
+
+
+def test_one_error_lists_what_the_shards_lack(tmp_path):
+    away = {"d": "../d.safetensors", "e": "/e.safetensors", "f": "sub\\f.safetensors", "g": "3.safetensors", "h": ""}
+    index = json.dumps({"weight_map": SHARDS | away | {"i": "2.safetensors"}})
+    shards(tmp_path, SHARDS, index)
+    with pytest.raises(ValueError, match="folder: got") as caught:
+        read_checkpoint(tmp_path)
+    assert str(caught.value) == (
+        f"folder: got {tmp_path / INDEX}: "
+        "shards outside the folder: ../d.safetensors, /e.safetensors, sub\\f.safetensors; "
+        "missing shards: , 3.safetensors; tensors not in shards: i (2.safetensors); "
+        "copy the folder again, with all of its shards"
+    )
+
+
+@pytest.mark.parametrize(
+    "index",
+    [
+        "",
+        "[]",
+        "{}",
+        '{"weight_map": ',
+        '{"weight_map": []}',
+        '{"weight_map": {"a": 1}}',
+        '{"weight_map": {"a": null}}',
+    ],
+)
+def test_a_damaged_index_is_refused(index, tmp_path):
+    shards(tmp_path, SHARDS, index)
+    with pytest.raises(ValueError, match=r"folder: got .*index.json: .*; the index is damaged: copy it again"):
+        read_checkpoint(tmp_path)
+
+
+def test_a_damaged_shard_is_refused(tmp_path):
+    shards(tmp_path, SHARDS)
+    (tmp_path / "2.safetensors").write_bytes(b"hello" * 30)
+    with pytest.raises(ValueError, match=r"path: got .*2.safetensors: .*; the file is damaged"):
+        read_checkpoint(tmp_path)
+
+
+NAMES = {"width": "d_model", "farthest": "max_distance"}
+
+
+def test_a_config_is_read_by_names(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "t5", "d_model": 32, "other": null}')
+    values = read_config(tmp_path, "t5", "a T5", NAMES, {"max_distance": 128, "d_model": 1})
+    assert values == {"width": 32, "farthest": 128}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"model_type": "t5", "d_model": 32}', "KeyError.*max_distance.*damaged or not that of a T5: copy it again"),
+        ('{"d_model": 32}', "KeyError.*model_type.*damaged or not that of a T5"),
+        ('{"model_type": "bart"}', "model_type 'bart'; pass a folder with a T5"),
+        ("[1]", "TypeError.*damaged or not that of a T5"),
+        ('{"model_type"', "JSONDecodeError.*damaged or not that of a T5"),
+    ],
+)
+def test_another_config_is_refused(text, message, tmp_path):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ValueError, match=f"folder: got .*config.json: .*{message}"):
+        read_config(tmp_path, "t5", "a T5", NAMES)
+    with pytest.raises(FileNotFoundError):
+        read_config(tmp_path / "none", "t5", "a T5", NAMES)
+
+
+def test_copies_are_told_from_others():
+    tensors = {"a": np.ones(2), "b": np.ones(2), "c": np.zeros(2), "d": np.ones(3)}
+    assert is_copy(tensors, "b", "a")
+    assert not any(is_copy(tensors, name, original) for name, original in ("ca", "da", "az"))
+
+
 # Into parameters
+
+
+def test_sources_of_layers_without_biases():
+    template = {"params": {"fc": {"kernel": jnp.zeros((3, 2))}, "norm": {"scale": jnp.zeros(2)}}}
+    tensors = {"x.weight": np.arange(6.0).reshape(2, 3), "y.weight": np.arange(2.0)}
+    params = load_by_name(tensors, sources_of({"fc/kernel": "x", "norm/scale": "y"}), template)["params"]
+    np.testing.assert_array_equal(params["fc"]["kernel"], [[0, 3], [1, 4], [2, 5]])
+    np.testing.assert_array_equal(params["norm"]["scale"], [0, 1])
+
 
 TEMPLATE = {
     "params": {

@@ -8,10 +8,14 @@ from jaxcl.continual.checkpoints import Checkpoint
 from jaxcl.continual.course import Progress, Result
 from jaxcl.continual.loop import run, run_seeds
 from jaxcl.continual.strategies import (
+    Adapted,
     Batch,
     Strategy,
     a_gem,
+    adapted_features,
+    adapted_network,
     cared_key_value_bottleneck,
+    class_means,
     cross_entropy,
     der_plus_plus,
     er,
@@ -33,6 +37,7 @@ from jaxcl.continual.strategies import (
 from jaxcl.continual.streams import Examples, Stream
 
 __all__ = [
+    "Adapted",
     "Batch",
     "Checkpoint",
     "Examples",
@@ -41,7 +46,10 @@ __all__ = [
     "Strategy",
     "Stream",
     "a_gem",
+    "adapted_features",
+    "adapted_network",
     "cared_key_value_bottleneck",
+    "class_means",
     "cross_entropy",
     "der_plus_plus",
     "er",

@@ -30,6 +30,7 @@ class Progress(NamedTuple):
     seconds: float  # that this epoch took, since the process began or took up the run
     accuracy: np.ndarray | None  # [T], after a stage's last epoch: on each task (mean over seeds that share steps)
     params: PyTree  # as they stand; valid during the call
+    state: PyTree  # the strategy's, as `params`
 
 
 class Result(NamedTuple):
@@ -119,7 +120,9 @@ class Course:
         )
         self._key = plan.layout.place_key(seeds.keys if plan.together else seeds.keys[0])
         self._stages = len(seeds.streams[0].train_sets)
-        tables = [Tables._make((stream.eligible, stream.view_table)) for stream in seeds.streams]
+        tables = [
+            Tables._make((stream.eligible, stream.eligible_in_training, stream.view_table)) for stream in seeds.streams
+        ]
         self._tables = plan.layout.place(self._stack(tables))
         self._training, self._testing = (
             Feeder(examples, batching, shared=plan.shared, together=plan.together, layout=plan.layout)
@@ -264,6 +267,7 @@ class Course:
                 seconds,
                 None if accuracy is None else np.mean(accuracy[:distinct], axis=0),
                 state.params,
+                state.strategy_state,
             )
         )
 

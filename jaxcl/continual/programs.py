@@ -29,7 +29,8 @@ class LoopState(NamedTuple):
 class Tables(NamedTuple):
     """What the tasks are, on the device."""
 
-    eligible: Array  # [T, K] bool
+    eligible: Array  # [T, K] bool, when a task is tested
+    trained: Array  # [T, K] bool, in its training steps
     view_table: PyTree
 
 
@@ -196,7 +197,7 @@ def compile_programs(
             batch = gather(tables, source, position, task)
             told = task if pipeline.task_known else None
             logits = strategy.predict(state.params, state.strategy_state, batch.inputs, told)
-            answers = jnp.argmax(jnp.where(batch.eligible, logits, -jnp.inf), axis=-1)
+            answers = jnp.argmax(jnp.where(tables.eligible[task], logits, -jnp.inf), axis=-1)
             return right.at[task].add(jnp.sum((answers == batch.labels) & (batch.weights > 0), dtype=jnp.int32))
 
         none = jnp.zeros(len(tables.eligible), jnp.int32)
@@ -232,7 +233,7 @@ def _gather(pipeline: Pipeline, layout: Layout) -> Callable[..., Batch]:
         if pipeline.prepare:
             inputs = pipeline.prepare(inputs)
         inputs = pipeline.view(tables.view_table, inputs, tasks)
-        return Batch(inputs, labels, weights, tables.eligible[tasks], stage)
+        return Batch(inputs, labels, weights, tables.trained[tasks], stage)
 
     return gather
 

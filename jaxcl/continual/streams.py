@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxcl.continual.views import as_they_are, permute, rotate, rotation
 from jaxcl.typing import (
     Array,
     ArrayLike,
@@ -67,6 +68,12 @@ class Stream(NamedTuple):
     view_table: PyTree  # arrays that `view` reads
     prepare: Prepare | None = None  # what is done to each batch on the device, before `view`: normalisation, say
     augment: Augment | None = None  # what is done to it in training steps only, after `view`
+    trained: np.ndarray | None = None  # [T, K] bool, as `eligible`, in training steps; None is the same as there
+
+    @property
+    def eligible_in_training(self) -> np.ndarray:
+        """[T, K] bool, the classes the answer of a training step may come from."""
+        return self.eligible if self.trained is None else self.trained
 
     @property
     def pipeline(self) -> Pipeline:
@@ -148,7 +155,7 @@ def permuted(key: Key, train: Examples, test: Examples, *, tasks: int) -> Stream
     check_at_least("tasks", tasks, 1)
     width = int(np.prod(train.inputs.shape[1:]))
     orders = jax.vmap(lambda key: jax.random.permutation(key, width))(jax.random.split(key, tasks))
-    return _by_domain(train, test, tasks, _permute, orders.at[0].set(jnp.arange(width)))
+    return _by_domain(train, test, tasks, permute, orders.at[0].set(jnp.arange(width)))
 
 
 def rotated(train: Examples, test: Examples, *, degrees: Sequence[float]) -> Stream:
@@ -160,16 +167,80 @@ def rotated(train: Examples, test: Examples, *, degrees: Sequence[float]) -> Str
     check_at_least("degrees, their number", len(degrees), 1)
     check_finite("degrees", np.asarray(degrees, np.float64))
     check_rank("train.inputs", train.inputs, 3, 4)
-    tables = [_rotation(angle, *train.inputs.shape[1:3]) for angle in degrees]
+    tables = [rotation(angle, *train.inputs.shape[1:3]) for angle in degrees]
     places, weights = (jnp.asarray(np.stack(table)) for table in zip(*tables, strict=True))
-    return _by_domain(train, test, len(degrees), _rotate, (places, weights))
+    return _by_domain(train, test, len(degrees), rotate, (places, weights))
+
+
+def data_sets(tasks: Sequence[tuple[Examples, Examples]], *, classes: int) -> Stream:
+    """Each task is a data set of its own, in one space of labels that they may share; no task is told.
+
+    Args:
+        tasks: what each is to learn from and to be tested on, in memory; inputs all of one shape but for their number.
+        classes: K.
+
+    Raises:
+        ValueError: as `class_incremental`; no tasks.
+    """
+    check_at_least("tasks, their number", len(tasks), 1)
+
+    def together(parts: Sequence[Examples]) -> tuple[Examples, tuple[Selection, ...]]:
+        whole = Examples(
+            np.concatenate([np.asarray(part.inputs) for part in parts]),
+            np.concatenate([np.asarray(part.labels) for part in parts]),
+        )
+        ends = np.cumsum([len(part.labels) for part in parts])
+        rows = np.split(np.arange(ends[-1], dtype=np.int32), ends[:-1])
+        return whole, tuple(Selection(own, np.full(len(own), task, np.int32)) for task, own in enumerate(rows))
+
+    for number, (train, test) in enumerate(tasks):
+        check_examples(f"tasks[{number}], train", train, classes)
+        check_examples(f"tasks[{number}], test", test, classes)
+    (train, train_sets), (test, test_sets) = (together(parts) for parts in zip(*tasks, strict=True))
+    everything = np.ones((len(tasks), classes), bool)
+    return Stream(train, test, train_sets, test_sets, everything, False, as_they_are, ())
+
+
+def reordered(stream: Stream, order: Sequence[int]) -> Stream:
+    """The stream with its tasks in another order: first that of number ``order[0]``, and so on; data are shared.
+
+    Raises:
+        ValueError: `order` does not have each task once, or the stream is joint.
+    """
+    tasks = len(stream.test_sets)
+    if sorted(order) != list(range(tasks)) or len(stream.train_sets) != tasks:
+        raise bad_argument("order", list(order), f"pass each of 0 to {tasks - 1} once, and a stream of tasks in turn")
+
+    def moved(parts: tuple[Selection, ...]) -> tuple[Selection, ...]:
+        return tuple(
+            Selection(parts[old].rows, np.full_like(parts[old].tasks, new)) for new, old in enumerate(order)
+        )  # fmt: skip
+
+    of_tasks = np.asarray(order)
+    return stream._replace(
+        train_sets=moved(stream.train_sets), test_sets=moved(stream.test_sets), eligible=stream.eligible[of_tasks],
+        view_table=jax.tree.map(lambda leaf: leaf[of_tasks], stream.view_table),
+        trained=None if stream.trained is None else stream.trained[of_tasks],
+    )  # fmt: skip
+
+
+def trained_apart(stream: Stream) -> Stream:
+    """The stream in whose training steps only classes of an example's own task may be the answer.
+
+    So a task's loss neither raises nor lowers what other tasks' classes come to; at test time nothing is restricted.
+    """
+    labels = np.asarray(stream.train.labels)
+    trained = np.zeros_like(stream.eligible)
+    for rows, tasks in stream.train_sets:
+        trained[tasks, labels[rows]] = True
+    return stream._replace(trained=trained)
 
 
 def joint(stream: Stream) -> Stream:
     """One training stage over all tasks of `stream` at once, tested on each: the ceiling for learning in turn."""
     rows = np.concatenate([selection.rows for selection in stream.train_sets])
     tasks = np.concatenate([selection.tasks for selection in stream.train_sets])
-    return stream._replace(train_sets=(Selection(rows, tasks),))
+    return stream._replace(train_sets=(Selection(rows, tasks),), trained=None)
 
 
 def map_inputs(stream: Stream, function: Callable[[Array], ArrayLike], *, batch_size: int = 1024) -> Stream:
@@ -189,7 +260,7 @@ def map_inputs(stream: Stream, function: Callable[[Array], ArrayLike], *, batch_
     if stream.augment:
         raise bad_argument("stream", "one with `augment`", "map a stream without, since its inputs are seen only once")
     check_at_least("batch_size", batch_size, 1)
-    tasks = range(1 if stream.view is _as_they_are else len(stream.eligible))
+    tasks = range(1 if stream.view is as_they_are else len(stream.eligible))
 
     def apply(examples: Examples) -> Examples:
         inputs, parts = examples.inputs, []
@@ -215,7 +286,7 @@ def map_inputs(stream: Stream, function: Callable[[Array], ArrayLike], *, batch_
         test=apply(stream.test),
         train_sets=move(stream.train_sets, len(stream.train.labels)),
         test_sets=move(stream.test_sets, len(stream.test.labels)),
-        view=_as_they_are,
+        view=as_they_are,
         view_table=(),
         prepare=None,
     )
@@ -279,7 +350,7 @@ def _by_class(
         test_sets=select("test.labels", np.asarray(test.labels)),
         eligible=own if told else np.ones_like(own),
         task_known=told,
-        view=_as_they_are,
+        view=as_they_are,
         view_table=(),
     )
 
@@ -305,40 +376,3 @@ def _by_domain(train: Examples, test: Examples, tasks: int, view: View, table: P
 
     everything = np.ones((tasks, classes), bool)
     return Stream(train, test, select(train), select(test), everything, False, view, table)
-
-
-def _as_they_are(table: PyTree, inputs: Array, tasks: Array) -> Array:
-    return inputs
-
-
-def _permute(orders: Array, inputs: Array, tasks: Array) -> Array:
-    flat = inputs.reshape(len(inputs), -1)
-    return jnp.take_along_axis(flat, orders[tasks], axis=1).reshape(inputs.shape)
-
-
-def _rotate(table: tuple[Array, Array], inputs: Array, tasks: Array) -> Array:
-    places, weights = table[0][tasks], table[1][tasks]  # [B, 4, H * W]: the four pixels about each source point
-    flat = inputs.reshape(len(inputs), places.shape[-1], -1).astype(weights.dtype)
-    corners = jax.vmap(lambda image, places: image[places])(flat, places)
-    return jnp.sum(corners * weights[..., None], axis=1).reshape(inputs.shape)
-
-
-def _rotation(degrees: float, height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
-    """Places and weights, both [4, H * W], of the pixels that each pixel of the turned image mixes."""
-    angle = np.deg2rad(degrees)
-    middle = np.array([(height - 1) / 2, (width - 1) / 2])[:, None]
-    down, right = np.indices((height, width)).reshape(2, -1) - middle
-    # Rows count downwards: turning the image counter-clockwise reads each pixel from where a clockwise turn puts it.
-    source = np.stack([np.cos(angle) * down + np.sin(angle) * right, np.cos(angle) * right - np.sin(angle) * down])
-    source = np.round(source + middle, 9)  # a quarter turn falls on pixels exactly
-    corner = np.floor(source).astype(int)
-    share = source - corner
-    places, weights = [], []
-    for below in (0, 1):
-        for beside in (0, 1):
-            row, column = corner[0] + below, corner[1] + beside
-            inside = (row >= 0) & (row < height) & (column >= 0) & (column < width)
-            weight = np.abs(1 - below - share[0]) * np.abs(1 - beside - share[1])
-            places.append(np.where(inside, row * width + column, 0))
-            weights.append(np.where(inside, weight, 0))
-    return np.stack(places).astype(np.int32), np.stack(weights).astype(np.float32)

@@ -1,16 +1,18 @@
 """BERT, a text encoder, and MiniLM, a small one whose published weights make features of sentences."""
 
 import importlib.util
-import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
-from jaxcl.nets.weights import Source, load_by_name, read_safetensors
+from jaxcl.nets.weights import Source, load_by_name, read_checkpoint, read_config
 from jaxcl.typing import Array, PyTree, bad_argument, check_choice, check_rank
 
 _ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
@@ -63,6 +65,7 @@ class BERT(nn.Module):
     token_types: int = 2
     epsilon: float = 1e-12  # of the normalisation
     activation: str = "gelu"  # as config.json names it: gelu, gelu_new (by tanh) or relu
+    dtype: DTypeLike = jnp.float32  # of the computation; parameters are float32, softmax and normalisation too
 
     @nn.compact
     def __call__(self, tokens: Array, mask: Array | None = None, token_types: Array | None = None) -> Array:
@@ -86,13 +89,40 @@ class BERT(nn.Module):
         check_choice("activation", self.activation, _ACTIVATIONS)
         mask = jnp.ones((batch, length), bool) if mask is None else jnp.asarray(mask, bool)
         token_types = jnp.zeros_like(tokens) if token_types is None else token_types
-        x = nn.Embed(self.vocabulary, self.width, name="token_embedding")(tokens)
-        x += nn.Embed(self.positions, self.width, name="position_embedding")(jnp.arange(length))
-        x += nn.Embed(self.token_types, self.width, name="type_embedding")(token_types)
-        x = nn.LayerNorm(self.epsilon, name="embedding_norm")(x)
-        for number in range(self.layers):
-            x = _Layer(self.heads, self.hidden, self.epsilon, self.activation, name=f"layers_{number}")(x, mask)
-        return x
+        embed = partial(nn.Embed, features=self.width, dtype=self.dtype)
+        x = embed(self.vocabulary, name="token_embedding")(tokens)
+        x += embed(self.positions, name="position_embedding")(jnp.arange(length))
+        x += embed(self.token_types, name="type_embedding")(token_types)
+        x = nn.LayerNorm(self.epsilon, dtype=self.dtype, name="embedding_norm")(x)
+        return _through(range(self.layers), x, mask, self.heads, self.hidden, self.epsilon, self.activation, self.dtype)
+
+
+class BERTLayers(nn.Module):
+    """Some layers of a `BERT` by themselves, with its parameters: what comes after vectors that stay as they are.
+
+    A `BERT` with fewer layers, given the same parameters, makes the vectors before.
+    """
+
+    first: int  # number of the first layer
+    last: int  # number of the last one
+    heads: int
+    hidden: int  # width inside a layer
+    epsilon: float = 1e-12
+    activation: str = "gelu"
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array, mask: Array) -> Array:
+        """Vectors [B, T, D] after the last layer, of those before the first; mask [B, T] as in `BERT`."""
+        numbers = range(self.first, self.last + 1)
+        return _through(numbers, x, mask, self.heads, self.hidden, self.epsilon, self.activation, self.dtype)
+
+
+def _through(numbers: Iterable[int], x: Array, mask: Array, *options: Any) -> Array:
+    """Vectors [B, T, D] through layers of the module at hand."""
+    for number in numbers:
+        x = _Layer(*options, name=f"layers_{number}")(x, jnp.asarray(mask, bool))
+    return x
 
 
 class _Layer(nn.Module):
@@ -102,17 +132,19 @@ class _Layer(nn.Module):
     hidden: int
     epsilon: float
     activation: str
+    dtype: DTypeLike
 
     @nn.compact
     def __call__(self, x: Array, mask: Array) -> Array:
         batch, length, width = x.shape
+        dense, norm = partial(nn.Dense, dtype=self.dtype), partial(nn.LayerNorm, self.epsilon, dtype=self.dtype)
         query, key, value = (
-            nn.Dense(width, name=name)(x).reshape(batch, length, self.heads, -1) for name in ("query", "key", "value")
+            dense(width, name=name)(x).reshape(batch, length, self.heads, -1) for name in ("query", "key", "value")
         )
         attended = jax.nn.dot_product_attention(query, key, value, mask=mask[:, None, None, :]).reshape(x.shape)
-        x = nn.LayerNorm(self.epsilon, name="attention_norm")(x + nn.Dense(width, name="attention_output")(attended))
-        inner = _ACTIVATIONS[self.activation](nn.Dense(self.hidden, name="intermediate")(x))
-        return nn.LayerNorm(self.epsilon, name="output_norm")(x + nn.Dense(width, name="output")(inner))
+        x = norm(name="attention_norm")(x + dense(width, name="attention_output")(attended))
+        inner = _ACTIVATIONS[self.activation](dense(self.hidden, name="intermediate")(x))
+        return norm(name="output_norm")(x + dense(width, name="output")(inner))
 
 
 def mean_over_tokens(vectors: Array, mask: Array) -> Array:
@@ -124,30 +156,24 @@ def mean_over_tokens(vectors: Array, mask: Array) -> Array:
     return (vectors * weights).sum(axis=1) / jnp.maximum(weights.sum(axis=1), 1)
 
 
-def load_bert(folder: str | Path) -> tuple[BERT, PyTree]:
-    """A BERT encoder and its parameters from a Hugging Face folder: config.json and model.safetensors.
+def load_bert(folder: str | Path, dtype: DTypeLike = jnp.float32) -> tuple[BERT, PyTree]:
+    """A BERT encoder and its parameters from a Hugging Face folder: config.json and model.safetensors or its shards.
 
     The pooler, heads and the stored list of positions are left alone.
 
+    Args:
+        folder: holds the files.
+        dtype: of the computation; parameters are float32.
+
     Raises:
         ImportError: the safetensors package is missing.
-        ValueError: config.json is damaged, lacks a size or is not BERT's; model.safetensors is damaged, or its tensors
-            are not those that the sizes ask for: one error lists them.
+        ValueError: config.json is damaged, lacks a size or is not BERT's; tensors are damaged, or not those that the
+            sizes ask for: one error lists them.
         OSError: a file cannot be read, or is not there.
     """
-    config_path = Path(folder) / "config.json"
-    try:
-        config = json.loads(config_path.read_text())
-        kind, sizes = config["model_type"], {field: config[name] for field, name in _SIZES.items()}
-    except (ValueError, KeyError, TypeError) as error:
-        raise bad_argument(
-            "folder", f"{config_path}: {error!r}", "the file is damaged or not that of a BERT encoder: copy it again"
-        ) from error
-    if kind != "bert":
-        raise bad_argument("folder", f"{config_path}: model_type {kind!r}", "pass a folder with a BERT encoder")
-    net = BERT(**sizes)
+    net = BERT(**read_config(folder, "bert", "a BERT encoder", _SIZES), dtype=dtype)
     template = jax.eval_shape(net.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
-    tensors = read_safetensors(Path(folder) / "model.safetensors")
+    tensors = read_checkpoint(folder)
     # Checkpoints with a head name the encoder in front.
     tensors = {name.removeprefix("bert."): tensor for name, tensor in tensors.items()}
 

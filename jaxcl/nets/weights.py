@@ -1,9 +1,10 @@
-"""Published weights: safetensors files, and their tensors put into a network's parameters by name."""
+"""Published weights: safetensors files and Hugging Face folders, and tensors put into parameters by name."""
 
+import json
 import os
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -56,6 +57,97 @@ def read_safetensors(path: str | Path) -> dict[str, np.ndarray]:
         ) from error
 
 
+def read_checkpoint(folder: str | Path) -> dict[str, np.ndarray]:
+    """The tensors of a Hugging Face folder by name, each of any shape, as `read_safetensors` gives them.
+
+    They are those of model.safetensors, or, where there is no such file, of the shards (files in the same folder) that
+    model.safetensors.index.json lists.
+
+    Raises:
+        ImportError: the safetensors package is missing.
+        ValueError: a file is damaged; or the index lists shards outside the folder or that are not there, or tensors
+            that their shards lack: one error lists them all.
+        OSError: a file cannot be read, or there is neither model.safetensors nor an index.
+    """
+    whole, index = Path(folder) / "model.safetensors", Path(folder) / "model.safetensors.index.json"
+    if whole.is_file() or not index.is_file():
+        return read_safetensors(whole)
+    try:
+        shards: dict[str, list[str]] = {}
+        for name, shard in json.loads(index.read_text())["weight_map"].items():
+            if not isinstance(shard, str):
+                raise TypeError(f"{name} in {shard!r}, which is no file name")
+            shards.setdefault(shard, []).append(name)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise bad_argument("folder", f"{index}: {error!r}", "the index is damaged: copy it again") from error
+    tensors: dict[str, np.ndarray] = {}
+    faults: dict[str, list[str]] = {"shards outside the folder": [], "missing shards": [], "tensors not in shards": []}
+    for shard, names in shards.items():
+        if "/" in shard or "\\" in shard:
+            faults["shards outside the folder"].append(shard)
+        elif not (path := Path(folder) / shard).is_file():
+            faults["missing shards"].append(shard)
+        else:
+            held = read_safetensors(path)
+            tensors |= {name: held[name] for name in names if name in held}
+            faults["tensors not in shards"] += [f"{name} ({shard})" for name in names if name not in held]
+    if any(faults.values()):
+        raise bad_argument("folder", f"{index}: {_said(faults)}", "copy the folder again, with all of its shards")
+    return tensors
+
+
+def read_config(
+    folder: str | Path,
+    model_type: str,
+    network: str,
+    names: Mapping[str, str],
+    defaults: Mapping[str, object] | None = None,
+) -> dict[str, Any]:
+    """{field: its value} from config.json in a Hugging Face folder.
+
+    Args:
+        folder: holds the file.
+        model_type: what the file must say that it is of.
+        network: the same in words, for errors.
+        names: {field: its name in the file}.
+        defaults: {name in the file: the value where the file has none}.
+
+    Raises:
+        ValueError: the file is damaged, lacks a name without a default, or is of another model type.
+        OSError: it cannot be read, or is not there.
+    """
+    path = Path(folder) / "config.json"
+    try:
+        config = dict(defaults or {}) | json.loads(path.read_text())
+        kind = config["model_type"]
+        values = {field: config[name] for field, name in names.items()} if kind == model_type else {}
+    except (ValueError, KeyError, TypeError) as error:
+        raise bad_argument(
+            "folder", f"{path}: {error!r}", f"the file is damaged or not that of {network}: copy it again"
+        ) from error
+    if kind != model_type:
+        raise bad_argument("folder", f"{path}: model_type {kind!r}", f"pass a folder with {network}")
+    return values
+
+
+def sources_of(names: Mapping[str, str]) -> dict[str, Source]:
+    """{path of a parameter: its source} for layers without biases.
+
+    Args:
+        names: {path of a parameter without "params/": its tensor's name without ".weight"}. Kernels [in, out] are
+            tensors [out, in].
+    """
+    return {
+        f"params/{path}": Source((f"{name}.weight",), np.transpose if path.endswith("/kernel") else np.asarray)
+        for path, name in names.items()
+    }
+
+
+def is_copy(tensors: Mapping[str, np.ndarray], name: str, original: str) -> bool:
+    """Whether the tensor of `name`, of any shape, is that of `original` once more, as tied ones may be saved."""
+    return original in tensors and np.array_equal(tensors[name], tensors[original])
+
+
 def load_by_name(
     tensors: Mapping[str, np.ndarray],
     wanted: Mapping[str, Source],
@@ -101,8 +193,7 @@ def load_by_name(
         else:
             faults["mis-shaped"].append(f"{given} for {path} {shapes[path].shape}")
     if any(faults.values()):
-        said = "; ".join(f"{kind}: {_listed(names)}" for kind, names in faults.items() if names)
-        raise bad_argument("tensors", said, "pass the file and the sizes that belong to each other")
+        raise bad_argument("tensors", _said(faults), "pass the file and the sizes that belong to each other")
     return replace_leaves(template, params)
 
 
@@ -148,6 +239,11 @@ def folded(path: str, convolution: str, norm: str, *, epsilon: float, squeeze: b
         f"{path}/kernel": Source((f"{convolution}.weight", scale, variance), kernel),
         f"{path}/bias": Source((bias, mean, scale, variance), shift),
     }
+
+
+def _said(faults: Mapping[str, Collection[str]]) -> str:
+    """The faults that there are, {kind: names}, in words."""
+    return "; ".join(f"{kind}: {_listed(names)}" for kind, names in faults.items() if names)
 
 
 def _listed(names: Collection[str]) -> str:

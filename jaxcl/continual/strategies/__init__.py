@@ -1,5 +1,7 @@
 """Continual-learning methods: the contract, and one factory a method."""
 
+from jaxcl.continual.strategies.adapted import Adapted, adapted_features, adapted_network
+from jaxcl.continual.strategies.class_means import ClassMeans, class_means
 from jaxcl.continual.strategies.closed_form import nearest_class_mean, ridge_classifier, streaming_lda
 from jaxcl.continual.strategies.contract import (
     Apply,
@@ -24,16 +26,21 @@ from jaxcl.continual.strategies.replay import a_gem, der_plus_plus, er
 from jaxcl.continual.strategies.sequential import Networks, independent, linear_probe, naive
 
 __all__ = [
+    "Adapted",
     "Apply",
     "Batch",
     "CaredKeys",
+    "ClassMeans",
     "MaskedTasks",
     "Metrics",
     "Momentum",
     "Networks",
     "Strategy",
     "a_gem",
+    "adapted_features",
+    "adapted_network",
     "cared_key_value_bottleneck",
+    "class_means",
     "cross_entropy",
     "der_plus_plus",
     "does_nothing",
