@@ -1,12 +1,13 @@
 """A network in a kilobyte or two: MIRACLE with Mean-KL, beside Mean-Var at the same budgets.
 
-A row of the table is a parameterization of the posterior and its budget, "mean_kl:11" with 11 bits a block. Each is
-trained for some epochs, then coded block by block while what is left goes on training, written to a file, and read
-again: error and bytes are those of the file, header included. The error of the posterior's mean, and of a draw from it,
-are those before anything was coded.
+A row of the table is a parameterization of the posterior and its budget, "mean_kl:1500" with a file of 1,500 bytes at
+most. All blocks have the same bits, so that the budget decides how many values share one. Each row is trained for some
+epochs, then coded block by block while what is left goes on training, written to a file, and read again: error and
+bytes are those of the file, header included. The error of the posterior's mean, and of a draw from it, are those before
+anything was coded.
 
 python -m experiments.miracle --data mnist
-python -m jaxcl.coding inspect runs/miracle/files/mean_kl-11-0.jcl
+python -m jaxcl.coding inspect runs/miracle/files/mean_kl-1500-0.jcl
 """
 
 import dataclasses
@@ -49,6 +50,7 @@ POSTERIORS = {"mean_kl": coding.mean_kl_posterior, "mean_var": coding.mean_var_p
 NEAR = 1.1  # times its last value: where a loss counts as come down
 PRUNED = (0, 10, 20, 30, 40, 50, 60, 70, 80, 90)  # percent
 TESTED_AT_ONCE = 2000
+HEADER = 80  # bytes of a file before its indices, about
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,15 +63,15 @@ class Config(BaseConfig):
     """What is compressed: lenet5 goes with mnist, an mlp with both."""
     hidden: tuple[int, ...] = (100, 50)
     """Widths of the hidden layers of an mlp."""
-    rows: tuple[str, ...] = ("mean_kl:6", "mean_kl:9", "mean_kl:12", "mean_kl:16", "mean_var:9", "mean_var:12")
-    """The table: parameterization:bits of KL a block, the former being mean_kl or mean_var."""
-    width: int = 30
-    """Values of a block."""
+    rows: tuple[str, ...] = ("mean_kl:200", "mean_kl:300", "mean_kl:400", "mean_kl:600", "mean_var:300", "mean_var:400")
+    """The table: parameterization:bytes of the file at most, about, the former being mean_kl or mean_var."""
+    bits: float = 16
+    """KL of a block."""
     values: tuple[str, ...] = ("params/Dense_0/kernel=3000", "params/Dense_1/kernel=2500")
     """PATH=NUMBER, as params/Dense_0/kernel=8000: how many values a leaf keeps that its weights share by hashing."""
     coder: Literal["mrc", "orc", "astar"] = "orc"
     """Minimal random coding (MIRACLE's), ordered random coding, or A* coding."""
-    spare_bits: int = 3
+    spare_bits: int = 1
     """Candidates are 2 to the power of the KL and so many bits."""
     epochs: int = 100
     """Passes over the training set before anything is coded."""
@@ -99,15 +101,16 @@ def preset(name: str, data: str) -> Config:
     if name == "smoke":
         return Config(
             **shared | {"seeds": 1}, limit=300, hidden=(16,), values=("params/Dense_0/kernel=300",),
-            rows=("mean_kl:6", "mean_var:6"), epochs=3, coding_epochs=2, rounds=3,
+            rows=("mean_kl:150", "mean_var:150"), bits=6, epochs=3, coding_epochs=2, rounds=3,
         )  # fmt: skip
     long = {"epochs": 500, "coding_epochs": 500, "rounds": 1000} if name == "paper" else {}
     if data == "digits":
         return Config(**shared | long)
-    of_cpu = {"epochs": 40, "coding_epochs": 40, "rounds": 100}
+    of_cpu = {"epochs": 8, "coding_epochs": 16, "rounds": 100}
+    rows = ("mean_kl:700", "mean_kl:1000", "mean_kl:1600", "mean_kl:2200", "mean_kl:3100", "mean_var:1600")
     return Config(
-        **shared | of_cpu | long, network="lenet5", rows=tuple(f"mean_kl:{bits}" for bits in (6, 9, 12, 16, 20)),
-        values=("params/Conv_1/kernel=8000", "params/Dense_0/kernel=8000"), batch_size=256,
+        **shared | of_cpu | long, network="lenet5", rows=rows,
+        values=("params/Conv_1/kernel=8000", "params/Dense_0/kernel=8000"), batch_size=128,
     )  # fmt: skip
 
 
@@ -118,9 +121,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     check_at_least("rounds", config.rounds, 1)
     check_at_least("epochs", config.epochs, 1)
     check_at_least("coding_epochs", config.coding_epochs, 0)
-    for row in config.rows:  # so that a misspelt one is told before any work
-        _, bits = _parsed(row)
-        check_between("rows", bits, 0.1, coding.MOST_BITS - config.spare_bits)
+    check_between("bits", config.bits, 0.1, coding.MOST_BITS - config.spare_bits)
+    for row in config.rows:
+        _parsed(row)  # so that a misspelt one is told before any work
     began = time.perf_counter()
     settings = claim_folder(config)
     if (document := finished_before(config.out)) is not None:
@@ -160,14 +163,14 @@ def _task(config: Config) -> Task:
     return Task(network, prepared(split.train, "training images"), prepared(split.test, "test images"))
 
 
-def _parsed(row: str) -> tuple[str, float]:
-    """Parameterization and bits of a row."""
-    name, _, bits = row.partition(":")
+def _parsed(row: str) -> tuple[str, int]:
+    """Parameterization and bytes of a row."""
+    name, _, size = row.partition(":")
     check_choice("rows", name, POSTERIORS)
-    try:
-        return name, float(bits)
-    except ValueError as error:
-        raise bad_argument("rows", row, "write it as mean_kl:11") from error
+    if not size.isdecimal():
+        raise bad_argument("rows", row, "write it as mean_kl:1500")
+    check_at_least(f"rows, bytes of {row}", int(size), HEADER + 1)
+    return name, int(size)
 
 
 def _values(config: Config) -> dict[str, int]:
@@ -184,12 +187,13 @@ class _Compression:
     def __init__(self, config: Config, task: Task, row: str, seed: int) -> None:
         self._config, self._task, self._row, self._seed = config, task, row, seed
         self._name = f"{file_name(row)}-{seed}"  # of its files
-        name, self._bits = _parsed(row)
+        name, size = _parsed(row)
         self._init_key, self._step_key, self._coder_key, self._draw_key = jax.random.split(jax.random.key(seed), 4)
         self._params = task.network.init(self._init_key, task.train.inputs[:1])
-        self._layout: Layout = coding.layout_of(self._params, width=config.width, seed=seed, values=_values(config))
-        self._posterior: Posterior = POSTERIORS[name](self._layout, self._bits)
-        self._coder = CODERS[config.coder](math.ceil(self._bits + config.spare_bits))
+        self._coder = CODERS[config.coder](math.ceil(config.bits + config.spare_bits))
+        values = sum(leaf.values for leaf in self._laid_out(width=1).leaves)
+        self._layout: Layout = self._laid_out(width=-(-values // max(1, 8 * (size - HEADER) // self._coder.bits)))
+        self._posterior: Posterior = POSTERIORS[name](self._layout, config.bits)
         self._an_epoch = len(task.train.labels) // config.batch_size
         if not self._an_epoch:
             raise bad_argument("batch_size", config.batch_size, f"pass {len(task.train.labels)} or fewer")
@@ -211,6 +215,9 @@ class _Compression:
         parts, left = -(-self._layout.blocks // self._of_part), self._steps - first
         # Part i is coded before step `due[i]`: the first after the epochs of training, the last in the end.
         self._due = [first + left * part // max(parts - 1, 1) for part in range(parts)]
+
+    def _laid_out(self, *, width: int) -> Layout:
+        return coding.layout_of(self._params, width=width, seed=self._seed, values=_values(self._config))
 
     def outcome(self) -> Outcome:
         """Results, costs, history and what the report draws, as kept in the folder; worked out if not there yet."""

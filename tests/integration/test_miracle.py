@@ -26,22 +26,23 @@ def smoke(tmp_path_factory):
 
 def test_what_is_left_has_the_promised_form(smoke):
     document = written(smoke)
-    assert [*document["results"]] == ["mean_kl:6", "mean_var:6"]
+    assert [*document["results"]] == ["mean_kl:150", "mean_var:150"]
     for row, of_row in document["results"].items():
         path = smoke / "files" / f"{row.replace(':', '-')}-0.jcl"
         assert of_row["bytes"]["mean"] == path.stat().st_size
+        assert 100 < of_row["bytes"]["mean"] <= 1.05 * 150
         assert 0 <= of_row["error"]["mean"] <= 1 <= of_row["effective_sample_size"]["mean"]
         assert 1 <= of_row["epochs_to_loss"]["mean"] <= 3
         leaves = trees.leaves_by_path(coding.decode(coding.load(path)))
         assert leaves["params/Dense_0/kernel"].shape == (64, 16)
         assert len(np.unique(leaves["params/Dense_0/kernel"])) == 300
-    assert document["results"]["mean_kl:6"]["kl_bits"]["mean"] == pytest.approx(6, rel=1e-4)
-    assert set(document["costs"]["mean_kl:6"]) == {"seconds"}
+    assert document["results"]["mean_kl:150"]["kl_bits"]["mean"] == pytest.approx(6, rel=1e-4)
+    assert set(document["costs"]["mean_kl:150"]) == {"seconds"}
     page = (smoke / "report.html").read_text()
-    assert page.count("<svg") == 6 and "mean_var:6" in page
+    assert page.count("<svg") == 6 and "mean_var:150" in page
     assert not re.search(r"""(src|href)=["']?(https?:)?//""", page)
     lines = (smoke / "history.csv").read_text().splitlines()
-    assert lines[0] == "row,step,metric,value" and sum(line.startswith("mean_kl:6,") for line in lines) == 6
+    assert lines[0] == "row,step,metric,value" and sum(line.startswith("mean_kl:150,") for line in lines) == 6
 
 
 @pytest.mark.parametrize("step", [3, 9])
@@ -51,7 +52,7 @@ def test_an_interrupted_run_goes_on_bit_for_bit(smoke, tmp_path, monkeypatch, st
     record, seen = miracle._Compression._record, []
 
     def breaking(self, now, *others):
-        if (self._row, now) == ("mean_kl:6", step):
+        if (self._row, now) == ("mean_kl:150", step):
             raise KeyboardInterrupt
         record(self, now, *others)
 
@@ -64,7 +65,7 @@ def test_an_interrupted_run_goes_on_bit_for_bit(smoke, tmp_path, monkeypatch, st
     miracle.main(arguments)
     assert seen[0] == step
     assert written(tmp_path)["results"] == written(smoke)["results"]
-    for name in ("history.csv", "files/mean_kl-6-0.jcl", "files/mean_var-6-0.jcl"):
+    for name in ("history.csv", "files/mean_kl-150-0.jcl", "files/mean_var-150-0.jcl"):
         assert (tmp_path / name).read_bytes() == (smoke / name).read_bytes()
 
 
@@ -81,9 +82,10 @@ def test_a_finished_row_is_not_trained_again_and_a_finished_run_is_told(smoke, t
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--rows", "mean_kn:6"], "rows: got 'mean_kn'; choose one of 'mean_kl', 'mean_var'"),
-        (["--rows", "mean_kl"], "rows: got mean_kl; write it as mean_kl:11"),
-        (["--rows", "mean_kl:6", "mean_kl:28"], r"rows: got 28\.0; pass a number from 0\.1 to 27"),
+        (["--rows", "mean_kn:150"], "rows: got 'mean_kn'; choose one of 'mean_kl', 'mean_var'"),
+        (["--rows", "mean_kl"], "rows: got mean_kl; write it as mean_kl:1500"),
+        (["--rows", "mean_kl:150", "mean_kl:80"], "rows, bytes of mean_kl:80: got 80; pass 81 or more"),
+        (["--bits", "30"], r"bits: got 30\.0; pass a number from 0\.1 to 29"),
         (["--epochs", "0"], "epochs: got 0; pass 1 or more"),
         (["--values", "params/Dense_0/kernel"], "values: got .*; write it as params/Dense_0/kernel=8000"),
         (["--values", "params/kernel=7"], r"values: got paths \['params/kernel'\]; choose from"),
