@@ -247,8 +247,8 @@ def _tell_of_masks(run: Run, config: Config, banks: Mapping[str, Sequence[Bank]]
             f"What tasks keep of each layer, {name} (first seed)": report.weight_usage_bars(
                 masks.weight_usage(bank, config.tasks)
             ),
-            f"How far masks of tasks overlap, {name} (first seed)": report.mask_overlap_map(
-                masks.mask_overlap(bank, config.tasks)
+            f"How far masks of tasks overlap, {name} (first seed)": report.heat_map(
+                masks.mask_overlap(bank, config.tasks), "share kept by both of what either keeps"
             ),
         }
 

@@ -459,3 +459,32 @@ def test_curves_are_drawn_as_given():
 def test_what_is_no_curve_is_named(curves):
     with pytest.raises(ValueError, match="curves: got "):
         report.line_plot(curves, "x", "y")
+
+
+# Heat maps
+
+
+def test_a_heat_map_shows_its_values():
+    values = np.array([[4.0, 0.25, 1], [0.25, 2, 0]])
+    figure = report.heat_map(values, "ranks", names=["first", "second"], most=4)
+    axes, colours = figure.axes
+    np.testing.assert_array_equal(axes.images[0].get_array(), values)
+    assert axes.images[0].get_clim() == (0, 4)
+    assert [text.get_text() for text in axes.get_yticklabels()] == ["first", "second"]
+    assert colours.get_ylabel() == "ranks"
+    assert report.heat_map(values, "cosine").axes[0].get_ylabel() == "task"
+
+
+@pytest.mark.parametrize(
+    ("draw", "message"),
+    [
+        (lambda: report.heat_map(np.ones(3), "x"), "values: got shape"),
+        (
+            lambda: report.heat_map(np.ones((2, 3)), "x", names=["a"]),
+            r"names: got \['a'\]; pass one for each of 2 rows",
+        ),
+    ],
+)
+def test_a_heat_map_that_cannot_be_drawn_is_named(draw, message):
+    with pytest.raises(ValueError, match=message):
+        draw()

@@ -17,17 +17,11 @@ def test_bars_add_up_to_all_weights():
     ]  # fmt: skip
 
 
-def test_the_map_shows_the_overlap():
-    overlap = np.array([[1, 0.25], [0.25, 1]])
-    np.testing.assert_allclose(report.mask_overlap_map(overlap).axes[0].images[0].get_array(), overlap)
-
-
 @pytest.mark.parametrize(
     ("draw", "message"),
     [
         (lambda: report.weight_usage_bars({}), "usage: got {}; pass"),
         (lambda: report.weight_usage_bars({"a": np.ones((3, 2))}), r"usage: got {'a': \(3, 2\)}; pass \[T, 3\]"),
-        (lambda: report.mask_overlap_map(np.ones(3)), "overlap: got shape"),
     ],
 )
 def test_what_cannot_be_drawn_is_named(draw, message):

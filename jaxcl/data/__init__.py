@@ -12,7 +12,7 @@ from jaxcl.data.hugging_face import from_hugging_face
 from jaxcl.data.normalisation import Statistics, channel_statistics, normalise
 from jaxcl.data.packs import cifar10, cifar100, cl_text, fsdd, mnist
 from jaxcl.data.sources import Split, digits, flat_features, hold_out, load
-from jaxcl.data.text import tokenize
+from jaxcl.data.text import text_task, tokenize
 from jaxcl.data.tfds import from_tfds
 
 __all__ = [
@@ -35,6 +35,7 @@ __all__ = [
     "normalise",
     "random_crop",
     "random_flip",
+    "text_task",
     "tiny_imagenet",
     "tokenize",
 ]

@@ -1,11 +1,44 @@
-"""Texts to tokens."""
+"""Texts of a task from JSON files, and texts to tokens."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from jaxcl.data.packs import Texts
 from jaxcl.typing import bad_argument, check_at_least
+
+
+def text_task(folder: str | Path) -> tuple[Texts, Texts]:
+    """One task in the layout of the text benchmark of O-LoRA (arXiv 2310.14152), (train, test); labels are [N].
+
+    The folder holds train.json and test.json, lists of {"sentence": text, "label": name}, and labels.json, the list of
+    names, in whose order labels are numbered.
+
+    Raises:
+        ValueError: a file is damaged, empty or of another layout, or has a label that is not in labels.json.
+        OSError: a file cannot be read, or is not there.
+    """
+    names_path = Path(folder) / "labels.json"
+    names = _json(names_path)
+    if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
+        raise _not_laid_out(names_path, "no list of names")
+
+    def read(name: str) -> Texts:
+        path = Path(folder) / name
+        rows = _json(path)
+        try:
+            texts = [str(row["sentence"]) for row in rows]
+            labels = np.array([names.index(row["label"]) for row in rows], np.int32)
+        except (TypeError, KeyError, ValueError) as error:  # the last where a label is no name
+            raise _not_laid_out(path, repr(error)) from error
+        if not texts:
+            raise _not_laid_out(path, "no texts")
+        return Texts(texts, labels, names)
+
+    return read("train.json"), read("test.json")
 
 
 def tokenize(texts: Sequence[str], tokenizer: str | Path, *, length: int = 128) -> np.ndarray:
@@ -38,3 +71,16 @@ def tokenize(texts: Sequence[str], tokenizer: str | Path, *, length: int = 128) 
     for row, encoding in zip(tokens, model.encode_batch(list(texts)), strict=True):
         row[: len(encoding.ids)] = encoding.ids
     return tokens
+
+
+def _json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise _not_laid_out(path, str(error)) from error
+
+
+def _not_laid_out(path: Path, fault: str) -> ValueError:
+    return bad_argument(
+        "folder", f"{path}: {fault}", 'train.json and test.json list {"sentence", "label"}, labels.json the labels'
+    )

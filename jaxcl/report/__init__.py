@@ -5,7 +5,7 @@ matplotlib and tensorboardX (``pip install "jaxcl[experiments]"``) are needed fo
 
 from jaxcl.report.files import read_accuracy_csv, read_json, write_accuracy_csv, write_json
 from jaxcl.report.keys import distance_histograms, key_utilisation, keys_among_heads, keys_by_class
-from jaxcl.report.masks import mask_overlap_map, weight_usage_bars
+from jaxcl.report.masks import weight_usage_bars
 from jaxcl.report.page import (
     figures_section,
     flat_settings,
@@ -20,6 +20,7 @@ from jaxcl.report.plots import (
     accuracy_bars,
     accuracy_matrices,
     accuracy_over_tasks,
+    heat_map,
     line_plot,
     to_svg,
 )
@@ -38,6 +39,7 @@ __all__ = [
     "distance_histograms",
     "figures_section",
     "flat_settings",
+    "heat_map",
     "html_note",
     "html_page",
     "html_report",
@@ -48,7 +50,6 @@ __all__ = [
     "keys_by_class",
     "legend",
     "line_plot",
-    "mask_overlap_map",
     "read_accuracy_csv",
     "read_json",
     "results_rows",

@@ -1,4 +1,4 @@
-"""Figures of mask methods: what tasks keep of each layer, and how far their masks overlap."""
+"""Figures of mask methods: what tasks keep of each layer."""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from jaxcl.report.plots import COLOURS, new_figure
-from jaxcl.typing import bad_argument, check_rank
+from jaxcl.typing import bad_argument
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -42,26 +42,4 @@ def weight_usage_bars(usage: Mapping[str, np.ndarray]) -> "Figure":
     all_axes[-1].set_xlabel("task")
     all_axes[-1].locator_params(axis="x", integer=True)
     all_axes[0].legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), frameon=False, fontsize=9)
-    return figure
-
-
-def mask_overlap_map(overlap: np.ndarray) -> "Figure":
-    """How far the masks of each two tasks overlap.
-
-    Args:
-        overlap: [T, T], as `masks.mask_overlap` gives it.
-
-    Raises:
-        ValueError: another rank.
-        ImportError: matplotlib is missing.
-    """
-    check_rank("overlap", overlap, 2)
-    figure = new_figure(5.4, 4.4)
-    figure.set_layout_engine("constrained")
-    axes = figure.add_subplot()
-    first, last = 0.5, len(overlap) + 0.5
-    image = axes.imshow(overlap, vmin=0, vmax=1, cmap="viridis", extent=(first, last, last, first))
-    axes.set_xlabel("task")
-    axes.set_ylabel("task")
-    figure.colorbar(image, ax=axes, label="share kept by both of what either keeps")
     return figure

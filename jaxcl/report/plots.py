@@ -10,7 +10,7 @@ import numpy as np
 
 from jaxcl.continual.metrics import interval95
 from jaxcl.report.tables import Results, check_accuracy
-from jaxcl.typing import bad_argument
+from jaxcl.typing import bad_argument, check_rank
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -240,6 +240,40 @@ def line_plot(curves: Mapping[str, np.ndarray], over: str, label: str) -> "Figur
     axes.spines[["top", "right"]].set_visible(False)
     for text in axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), frameon=False, fontsize=9).get_texts():
         text.set_parse_math(False)
+    return figure
+
+
+def heat_map(values: np.ndarray, label: str, *, names: Sequence[str] | None = None, most: float = 1) -> "Figure":
+    """A square for each row and task, such as how far the masks of each two tasks overlap.
+
+    Args:
+        values: [rows, T].
+        label: what they are.
+        names: of the rows; None numbers them as tasks.
+        most: what the brightest colour stands for; the darkest is 0.
+
+    Raises:
+        ValueError: another rank, or not one name a row.
+        ImportError: matplotlib is missing.
+    """
+    check_rank("values", values, 2)
+    rows, tasks = values.shape
+    if names is not None and len(names) != rows:
+        raise bad_argument("names", list(names), f"pass one for each of {rows} rows")
+    figure = new_figure(5.4 if names is None else 9.0, 4.4 if names is None else max(2.4, 0.3 * rows + 1))
+    figure.set_layout_engine("constrained")
+    axes = figure.add_subplot()
+    image = axes.imshow(
+        values, vmin=0, vmax=most, cmap="viridis", extent=(0.5, tasks + 0.5, rows + 0.5, 0.5),
+        aspect="equal" if names is None else "auto",
+    )  # fmt: skip
+    axes.set_xlabel("task")
+    axes.locator_params(axis="x", integer=True)
+    if names is None:
+        axes.set_ylabel("task")
+    else:
+        axes.set_yticks(range(1, rows + 1), names, parse_math=False, fontsize=9)
+    figure.colorbar(image, ax=axes, label=label)
     return figure
 
 
