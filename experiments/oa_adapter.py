@@ -11,7 +11,7 @@ python -m experiments.oa_adapter --data short --methods frozen lora o_lora oa_in
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
