@@ -43,7 +43,7 @@ from jax.sharding import PartitionSpec as P
 from tqdm import tqdm
 
 from experiments.card import Card
-from jaxcl import bottleneck, coding, continual, gaussian, masks, nearest, nets, quantize, report, tokenizer
+from jaxcl import adapters, bottleneck, coding, continual, gaussian, masks, nearest, nets, quantize, report, tokenizer
 from jaxcl.continual import Strategy, streams
 from jaxcl.continual.programs import Resident, Tables, compile_programs
 from jaxcl.continual.sharding import DATA, MODEL, Layout
@@ -243,6 +243,58 @@ def of_compression(layout: Layout, member: str) -> Program:
     return Program(jax.jit(trainer.step, donate_argnums=1), arguments)
 
 
+def of_adapters(layout: Layout, network: str, *, split_over: str) -> Program:
+    """A step of OA-Adapter, with room for 15 tasks, after each block of a frozen T5-large or 7-billion-weight Llama.
+
+    Texts of 512 tokens (T5: and answers of 64), two a device, in bfloat16. The network's weights and all else that is
+    large are split over all devices that share the batch, or over those that share each text.
+    """
+    devices = np.asarray(layout.mesh.devices).ravel()  # type: ignore[union-attr]
+    parts = 4 if split_over == MODEL else 1
+    layout = Layout(Mesh(devices.reshape(-1, parts), (DATA, MODEL)))
+    parts = layout.mesh.shape[split_over]  # type: ignore[union-attr]
+    texts = jax.ShapeDtypeStruct((2 * devices.size, 512), jnp.int32)
+    answers = jax.ShapeDtypeStruct((2 * devices.size, 64), jnp.int32)
+    key = jax.eval_shape(jax.random.key, 0)
+    if network == "t5_large":
+        net: Any = nets.T5(32_128, 1024, 24, 24, 16, 64, 4096, dtype=jnp.bfloat16)
+        inputs: tuple[jax.ShapeDtypeStruct, ...] = (texts, answers)
+    else:
+        net, inputs = nets.Llama(32_000, 4096, 32, 32, 32, 128, 11_008, dtype=jnp.bfloat16), (texts,)
+    backbone = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16), jax.eval_shape(net.init, key, *inputs)
+    )
+    method = adapters.oa_adapter(
+        lambda path: path.endswith(("/attention_output/kernel", "/output/kernel")), 16, 15, orthogonal_to="outputs"
+    )
+    adapter, state = jax.eval_shape(method.init, key, backbone)
+    tx = optax.adam(1e-3)
+
+    def loss(adapter: PyTree, state: PyTree, backbone: PyTree, inputs: tuple[jax.Array, ...]) -> jax.Array:
+        function = adapters.layer_function(method.changes(adapter, state), method.placement)
+        logits = nets.through_layers(function, lambda: net.apply(backbone, *inputs))
+        labels = jnp.roll(inputs[-1], -1, axis=1)
+        found = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+        return found + method.penalty(adapter, state)[0]
+
+    def step(
+        adapter: PyTree, opt_state: PyTree, state: PyTree, backbone: PyTree, inputs: tuple[jax.Array, ...]
+    ) -> tuple[PyTree, PyTree, PyTree]:
+        gradients = jax.grad(loss)(adapter, state, backbone, inputs)
+        updates, opt_state = tx.update(gradients, opt_state)
+        return optax.apply_updates(adapter, updates), opt_state, method.track(adapter, state)
+
+    def large(leaf: jax.ShapeDtypeStruct) -> PyTree:
+        axes = [axis for axis, length in enumerate(leaf.shape) if length % parts == 0]
+        if leaf.size < 2**18 or not axes:
+            return placed(layout, leaf)
+        longest = max(axes, key=lambda axis: (leaf.shape[axis], axis))
+        return placed(layout, leaf, *(split_over if axis == longest else None for axis in range(len(leaf.shape))))
+
+    stored = jax.tree.map(large, (adapter, jax.eval_shape(tx.init, adapter), state, backbone))
+    return Program(jax.jit(step, donate_argnums=(0, 1, 2)), (*stored, placed(layout, inputs, DATA)))
+
+
 # A new method's steps go here: {name: function from a layout of all devices to what is to be compiled}.
 STEPS: dict[str, Callable[[Layout], Program]] = {
     "mlp_naive_train": partial(of_learner, member="train", strategy_of=continual.naive, learner=MLP),
@@ -265,6 +317,10 @@ STEPS: dict[str, Callable[[Layout], Program]] = {
     "simvq_tokenizer_train": of_tokenizer,
     "lenet5_mean_kl_train": partial(of_compression, member="train"),
     "lenet5_encode_20_bits": partial(of_compression, member="encode"),
+    "t5_large_adapters_weights_split": partial(of_adapters, network="t5_large", split_over=DATA),
+    "t5_large_adapters_texts_split": partial(of_adapters, network="t5_large", split_over=MODEL),
+    "llama_7b_adapters_weights_split": partial(of_adapters, network="llama_7b", split_over=DATA),
+    "llama_7b_adapters_texts_split": partial(of_adapters, network="llama_7b", split_over=MODEL),
 }
 
 

@@ -1,0 +1,104 @@
+"""One training step of a LoRA in MiniLM, beside Hugging Face's PEFT on the same weights: 32 texts of 128 tokens.
+
+Rank 8 at queries and values of all six layers, a linear classifier over the mean of a text's tokens, cross entropy, and
+Adam for both. PyTorch runs on a GPU where JAX does. ``python -m experiments.benchmarks.adapter_step``
+"""
+
+from functools import partial
+
+import numpy as np
+
+from experiments.benchmarks.harness import Case, Step, main
+from experiments.card import Card
+
+CARDS = {"": Card("not measured", "not measured")}
+BATCH, LENGTH, CLASSES, RANK, ALPHA = 32, 128, 10, 8, 16
+
+
+def _batch() -> tuple[np.ndarray, np.ndarray]:
+    """Tokens [B, T] and labels [B]."""
+    rng = np.random.default_rng(0)
+    return rng.integers(1000, 30_000, (BATCH, LENGTH)), rng.integers(0, CLASSES, BATCH)
+
+
+def _ours(sequential: bool) -> Step:
+    import jax
+    import jax.numpy as jnp
+    import optax
+
+    from jaxcl import adapters, continual, nets
+    from jaxcl.adapters import LayerFunction
+    from jaxcl.typing import PyTree
+
+    tokens, labels = map(jnp.asarray, _batch())
+    net, params = nets.load_bert(nets.minilm_folder())
+    mask = jnp.ones(tokens.shape, bool)
+
+    def layers(function: LayerFunction, tokens: jax.Array) -> jax.Array:
+        vectors: jax.Array = nets.through_layers(function, lambda: net.apply(params, tokens, mask))
+        return nets.mean_over_tokens(vectors, mask)
+
+    if sequential:
+        method = adapters.oa_adapter(lambda path: path.endswith(("attention_output/kernel", "/output/kernel")), 16, 15)
+    else:
+        method = adapters.lora(lambda path: path.endswith(("/query/kernel", "/value/kernel")), RANK, alpha=ALPHA)
+    features, tx = continual.adapted_features(method, layers), optax.adam(1e-3)
+    adapter, state = method.init(jax.random.key(0), params)
+    trained = continual.Adapted(adapter, jnp.zeros((net.width, CLASSES)))
+
+    def loss(trained: continual.Adapted) -> jax.Array:
+        logits = features(trained, state, tokens) @ trained.head
+        found = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+        return found + method.penalty(trained.adapter, state)[0]
+
+    @partial(jax.jit, donate_argnums=(0, 1))
+    def train(trained: continual.Adapted, opt_state: PyTree) -> tuple[continual.Adapted, PyTree]:
+        updates, opt_state = tx.update(jax.grad(loss)(trained), opt_state)
+        return optax.apply_updates(trained, updates), opt_state
+
+    carried = jax.block_until_ready((trained, tx.init(trained)))
+
+    def step() -> None:
+        nonlocal carried
+        carried = jax.block_until_ready(train(*carried))
+
+    return step
+
+
+def _peft() -> Step:
+    import jax
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from torch.nn import functional as F
+    from transformers import BertModel
+
+    from jaxcl import nets
+
+    torch.manual_seed(0)
+    device = "cuda" if jax.default_backend() == "gpu" and torch.cuda.is_available() else "cpu"
+    backbone = BertModel.from_pretrained(nets.minilm_folder(), add_pooling_layer=False)
+    settings = LoraConfig(r=RANK, lora_alpha=ALPHA, lora_dropout=0.0, target_modules=["query", "value"])
+    net = get_peft_model(backbone, settings).to(device)
+    head = torch.nn.Linear(backbone.config.hidden_size, CLASSES, bias=False).to(device)
+    trained = [leaf for leaf in net.parameters() if leaf.requires_grad] + list(head.parameters())
+    optimizer = torch.optim.Adam(trained, lr=1e-3)
+    tokens, labels = (torch.from_numpy(part).long().to(device) for part in _batch())
+
+    def step() -> None:
+        optimizer.zero_grad()
+        vectors = net(input_ids=tokens).last_hidden_state
+        F.cross_entropy(head(vectors.mean(dim=1)), labels).backward()
+        optimizer.step()
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    return step
+
+
+CASES = {
+    "LoRA, rank 8, queries and values": Case(partial(_ours, False), _peft, repeats=7),
+    "OA-Adapter, rank 16, both blocks; PEFT's LoRA": Case(partial(_ours, True), _peft, repeats=7),
+}
+
+if __name__ == "__main__":
+    main("adapter_step", CASES)
