@@ -28,7 +28,7 @@ from experiments.sweep import run_grid
 from experiments.text_tasks import load_tasks, lower_layers, text_streams
 from jaxcl import adapters, continual, data, nets, report
 from jaxcl.adapters import Adapter, AdapterState, LayerFunction
-from jaxcl.continual import Adapted, Result, Strategy, Stream, streams
+from jaxcl.continual import Adapted, Batch, Result, Strategy, Stream, streams
 from jaxcl.continual.strategies import ClassMeans
 from jaxcl.continual.streams import Selection
 from jaxcl.nearest import normalise
@@ -140,7 +140,7 @@ class Body(NamedTuple):
 
     network: nn.Module  # inputs to features
     params: PyTree
-    real: Callable[[Array], Array] | None  # (inputs [B, T, ...]) -> [B, T], 1 where there is something; None: all
+    counted: Callable[[str, Batch], Array] | None  # as `continual.adapted_network` takes it
 
 
 def _run(config: Config) -> dict[str, Any]:
@@ -179,7 +179,7 @@ def _texts(config: Config) -> tuple[Body, list[Stream]]:
         first, network.layers - 1, network.heads, network.hidden, network.epsilon, network.activation
     )
     own = {f"layers_{number}": params["params"][f"layers_{number}"] for number in range(first, network.layers)}
-    body = Body(_Pooled(upper), {"params": {"layers": own}}, _real)
+    body = Body(_Pooled(upper), {"params": {"layers": own}}, lambda _, batch: _real(batch.inputs))
     return body, [ways[seed % len(ways)] for seed in range(config.seeds)]
 
 
@@ -275,7 +275,9 @@ def _learner(config: Config, name: Method, body: Body, stream: Stream) -> Learne
     replayed = {"memory_size": config.memory_size, "memory_batch_size": config.batch_size}
     if name in A_TASK_EACH:
         assert method is not None  # these have one
-        strategy = continual.adapted_network(method, body.params, layers, _logits, token_weights=body.real)
+        strategy = continual.adapted_network(
+            method, body.params, continual.classification(layers, _logits), counted=body.counted
+        )
     elif name == "independent":
         strategy = continual.independent(apply, tasks)
     else:

@@ -9,7 +9,7 @@ import pytest
 
 from jaxcl import adapters, continual, nets
 from jaxcl.continual import Examples, streams
-from jaxcl.continual.strategies import Adapted, adapted_features, adapted_network, class_means, naive
+from jaxcl.continual.strategies import Adapted, adapted_features, adapted_network, class_means, classification, naive
 
 CLASSES, WIDTH = 6, 8
 
@@ -35,6 +35,9 @@ def layers(function, x):
 
 def head(params, features):
     return features @ params
+
+
+OBJECTIVE = classification(layers, head)
 
 
 def examples(seed, count=24):
@@ -68,7 +71,7 @@ def run(strategy, method, stream=THREE, **options):
 def test_sixty_tasks_compile_once(target):
     tasks = 60
     method = adapters.oa_adapter(everywhere, 2, tasks, orthogonal_to=target, protected=4, log_size=8)
-    strategy = adapted_network(method, PARAMS, layers, head)
+    strategy = adapted_network(method, PARAMS, OBJECTIVE)
     stream = streams.data_sets([(TRAIN, TEST)] * tasks, classes=CLASSES)
     result = run(strategy, method, stream, epochs=1, batch_size=24)
     assert set(result.compilations.values()) == {1}
@@ -86,7 +89,7 @@ def test_the_first_task_is_the_same_however_many_follow(name):
         "oa_adapter": lambda: adapters.oa_adapter(everywhere, 2, 3),
     }[name]
     method = make()
-    strategy = adapted_network(method, PARAMS, layers, head)
+    strategy = adapted_network(method, PARAMS, OBJECTIVE)
     first = THREE._replace(train_sets=THREE.train_sets[:1])
     banks = []
     for stream in (first, THREE):
@@ -104,7 +107,7 @@ def test_inputs_are_measured_without_what_fills_up():
     def real(inputs):
         return jnp.any(inputs != 0, axis=-1)
 
-    strategy = adapted_network(method, PARAMS, layers, head, token_weights=real)
+    strategy = adapted_network(method, PARAMS, OBJECTIVE, counted=lambda _, batch: real(batch.inputs))
     first = THREE._replace(train_sets=THREE.train_sets[:1])
     result = run(strategy, method, first, epochs=1)
     rows = THREE.train_sets[0].rows

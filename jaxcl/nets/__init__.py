@@ -19,6 +19,7 @@ from jaxcl.nets.resnet import ResNet18
 from jaxcl.nets.resnet50 import ResNet50, load_resnet50
 from jaxcl.nets.seanet import SEANetDecoder, SEANetEncoder
 from jaxcl.nets.t5 import T5, load_t5
+from jaxcl.nets.text_to_text import real_tokens, text_to_text
 from jaxcl.nets.transformer import TokenTransformer
 from jaxcl.nets.vit import ViT, load_vit
 
@@ -64,5 +65,7 @@ __all__ = [
     "minilm_encoder",
     "minilm_folder",
     "pretrained_encoder",
+    "real_tokens",
+    "text_to_text",
     "through_layers",
 ]

@@ -1,6 +1,12 @@
 """Continual-learning methods: the contract, and one factory a method."""
 
-from jaxcl.continual.strategies.adapted import Adapted, adapted_features, adapted_network
+from jaxcl.continual.strategies.adapted import (
+    Adapted,
+    Objective,
+    adapted_features,
+    adapted_network,
+    classification,
+)
 from jaxcl.continual.strategies.class_means import ClassMeans, class_means
 from jaxcl.continual.strategies.closed_form import nearest_class_mean, ridge_classifier, streaming_lda
 from jaxcl.continual.strategies.contract import (
@@ -35,12 +41,14 @@ __all__ = [
     "Metrics",
     "Momentum",
     "Networks",
+    "Objective",
     "Strategy",
     "a_gem",
     "adapted_features",
     "adapted_network",
     "cared_key_value_bottleneck",
     "class_means",
+    "classification",
     "cross_entropy",
     "der_plus_plus",
     "does_nothing",

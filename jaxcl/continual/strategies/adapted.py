@@ -1,4 +1,4 @@
-"""Adapters in training: a frozen network, an adapter a task, one head for all."""
+"""Adapters in training: a frozen network, an adapter a task, and what of the network is learnt."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -21,11 +21,44 @@ class Adapted(NamedTuple):
     head: PyTree
 
 
+class Objective(NamedTuple):
+    """What is learnt of a frozen network whose layers' outputs go through a function."""
+
+    loss: Callable[[LayerFunction, PyTree, Batch], tuple[Array, Metrics]]
+    # (function, head's parameters, batch) -> (mean loss in nats [], metrics)
+    predict: Callable[[LayerFunction, PyTree, Array], Array]
+    # (function, head's parameters, inputs [B, ...]) -> logits [B, K]
+
+
+def classification(layers: Layers, head: Apply, *, label_smoothing: float = 0.0) -> Objective:
+    """The classes of examples, by a head on the network's features.
+
+    Args:
+        layers: (function, inputs [B, ...]) -> features [B, D] of the network with its parameters held inside, as
+            `nets.through_layers` makes it.
+        head: (params, features [B, D]) -> logits [B, K].
+        label_smoothing: see `cross_entropy`.
+
+    Raises:
+        ValueError: an option out of range.
+    """
+    check_between("label_smoothing", label_smoothing, 0, 1)
+
+    def loss(function: LayerFunction, params: PyTree, batch: Batch) -> tuple[Array, Metrics]:
+        return cross_entropy(predict(function, params, batch.inputs), batch, label_smoothing=label_smoothing)
+
+    def predict(function: LayerFunction, params: PyTree, inputs: Array) -> Array:
+        logits: Array = head(params, layers(function, inputs))
+        return logits
+
+    return Objective(loss, predict)
+
+
 def adapted_features(method: Adapter, layers: Layers) -> Features:
     """Features [B, D] of a frozen network under the adapter in `Adapted` params, given the method's state.
 
-    A method without a state, as `adapters.lora`, is trained by any strategy: its `Apply` is
-    ``lambda params, inputs: head(params.head, features(params, (), inputs))``.
+    `adapters.lora` has no state: any strategy trains it, with ``lambda params, inputs: head(params.head,
+    features(params, (), inputs))`` as its `Apply`.
     """
 
     def features(params: Adapted, state: PyTree, inputs: Array) -> Array:
@@ -37,39 +70,32 @@ def adapted_features(method: Adapter, layers: Layers) -> Features:
 def adapted_network(
     method: Adapter,
     network: PyTree,
-    layers: Layers,
-    head: Apply,
+    objective: Objective,
     *,
-    token_weights: Callable[[Array], Array] | None = None,
-    label_smoothing: float = 0.0,
+    counted: Callable[[str, Batch], Array] | None = None,
 ) -> Strategy:
-    """A frozen network with an adapter a task, by a method of `adapters`, and one head for all; params are `Adapted`.
+    """A frozen network with adapters by a method of `adapters`, one more with each task; params are `Adapted`.
 
     They begin as ``Adapted(method.init(key, network)[0], head's parameters)``; the optimizer begins anew with each
     task. No task need be told. The strategy's state is the method's.
 
     Args:
-        method: `adapters.oa_adapter`, `adapters.o_lora` or `adapters.incremental_lora`, for the stream's tasks or more.
+        method: `adapters.oa_adapter`, `adapters.o_lora` or `adapters.incremental_lora`, for the stream's tasks or more,
+            or `adapters.lora`, one for all.
         network: its parameters, or their shapes.
-        layers: (function, inputs [B, ...]) -> features [B, D] of the network with the parameters held inside, as
-            `nets.through_layers` makes it.
-        head: (params, features [B, D]) -> logits [B, K].
-        token_weights: (inputs [B, ...]) -> what each vector of an example counts where the method measures inputs, as
-            the mask of texts [B, T] does; None counts all alike.
-        label_smoothing: see `cross_entropy`.
-
-    Raises:
-        ValueError: an option out of range.
+        objective: `classification`, or as `nets.text_to_text` makes it.
+        counted: (path of a site, batch) -> [B, ...], what each vector at the site counts where the method measures
+            inputs, as the mask of texts [B, T] does; None counts all alike.
     """
-    check_between("label_smoothing", label_smoothing, 0, 1)
-    features = adapted_features(method, layers)
 
     def init(key: Key, params: Adapted, batch: Batch) -> PyTree:
         return method.init(key, network)[1]
 
+    def function(params: Adapted, state: PyTree) -> LayerFunction:
+        return layer_function(method.changes(params.adapter, state), method.placement)
+
     def loss(key: Key, params: Adapted, state: PyTree, batch: Batch) -> tuple[Array, Metrics]:
-        logits = head(params.head, features(params, state, batch.inputs))
-        value, metrics = cross_entropy(logits, batch, label_smoothing=label_smoothing)
+        value, metrics = objective.loss(function(params, state), params.head, batch)
         penalty, of_method = method.penalty(params.adapter, state)
         return value + penalty, metrics | of_method
 
@@ -80,19 +106,19 @@ def adapted_network(
 
     def observe(key: Key, params: Adapted, state: PyTree, batch: Batch) -> PyTree:
         assert method.measure is not None  # or it would not be called
-        changes, moments = method.changes(params.adapter, state), {}
-        function = layer_function(changes, method.placement)
+        sites, moments = method.changes(params.adapter, state).keys(), {}
+        adapted = function(params, state)
 
         def measuring(path: str, inputs: Array, outputs: Array) -> Array:
-            if path in changes:
+            if path in sites:
                 x = inputs if method.placement == "parallel" else outputs
-                counted = batch.weights.reshape(-1, *[1] * (x.ndim - 2))
-                if token_weights is not None:
-                    counted = counted * token_weights(batch.inputs)
-                moments[path] = second_moments(x, jnp.broadcast_to(counted, x.shape[:-1]))
-            return function(path, inputs, outputs)
+                weights = batch.weights.reshape(-1, *[1] * (x.ndim - 2))
+                if counted is not None:
+                    weights = weights * counted(path, batch)
+                moments[path] = second_moments(x, jnp.broadcast_to(weights, x.shape[:-1]))
+            return adapted(path, inputs, outputs)
 
-        layers(measuring, batch.inputs)
+        objective.loss(measuring, params.head, batch)
         return method.measure(state, moments)
 
     def end_task(key: Key, params: Adapted, state: PyTree) -> tuple[Adapted, PyTree]:
@@ -100,7 +126,7 @@ def adapted_network(
         return params._replace(adapter=adapter), state
 
     def predict(params: Adapted, state: PyTree, inputs: Array, task: Array | None) -> Array:
-        return head(params.head, features(params, state, inputs))
+        return objective.predict(function(params, state), params.head, inputs)
 
     strategy = Strategy(
         gradients_of(loss), predict, init, after_update=after_update, end_task=end_task, fresh_optimizer=True,

@@ -1,0 +1,99 @@
+"""Classes answered in words: T5 writes a class's name, Llama continues a text with it."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxcl.adapters import LayerFunction
+from jaxcl.continual.strategies import Batch, Metrics, Objective
+from jaxcl.nets.generation import greedy_decode
+from jaxcl.nets.interception import through_layers
+from jaxcl.nets.llama import Llama
+from jaxcl.nets.t5 import T5
+from jaxcl.typing import Array, ArrayLike, PyTree, check_rank
+
+_PADDING = 0
+
+
+def text_to_text(network: T5 | Llama, params: PyTree, answers: ArrayLike, *, end: int = 1) -> Objective:
+    """The objective of a network that answers with the tokens of a class's name, as T5 and O-LoRA have it.
+
+    The loss is the cross entropy of the answers' tokens, mean over tokens. At test time tokens are chosen greedily, and
+    a class is the answer if they are all of its name's; if they are no class's, that of number K is, to which no
+    example belongs: streams are made with ``classes=K + 1``. There is no head: its parameters are ``()``.
+
+    Args:
+        network: with the parameters `params`; inputs are tokens [B, T], 0 where there is none, on the right.
+        params: of the network.
+        answers: [K, U] int32, the tokens of each class's name, `end` after them and 0 then.
+        end: the token that ends an answer, 1 for T5, 2 for Llama.
+
+    Raises:
+        ValueError: answers of another rank.
+    """
+    check_rank("answers", answers, 2)
+    names = jnp.asarray(answers, jnp.int32)
+
+    def loss(function: LayerFunction, head: PyTree, batch: Batch) -> tuple[Array, Metrics]:
+        targets = names[batch.labels]
+        logits = through_layers(function, lambda: _forced(network, params, batch.inputs, targets))
+        real = (targets != _PADDING) * batch.weights[:, None]
+        terms = optax.softmax_cross_entropy_with_integer_labels(logits, targets) * real
+        value = terms.sum() / jnp.maximum(real.sum(), 1)
+        right = jnp.all((logits.argmax(axis=-1) == targets) | (targets == _PADDING), axis=1)
+        accuracy = jnp.sum(right * batch.weights) / jnp.maximum(batch.weights.sum(), 1)
+        return value, {"loss": value, "accuracy": accuracy}
+
+    def predict(function: LayerFunction, head: PyTree, inputs: Array) -> Array:
+        def apply(*arguments: Any, **options: Any) -> Any:
+            return through_layers(function, lambda: network.apply(*arguments, **options))
+
+        written = greedy_decode(
+            apply, params, inputs, inputs != _PADDING, length=names.shape[1], end=end, padding=_PADDING
+        )
+        named = jnp.all(written[:, None] == names, axis=-1).astype(jnp.float32)
+        return jnp.concatenate([named, jnp.full((len(inputs), 1), 0.5)], axis=1)
+
+    return Objective(loss, predict)
+
+
+def real_tokens(network: T5 | Llama, answers: ArrayLike) -> Callable[[str, Batch], Array]:
+    """(path of a layer, batch) -> 1 for each vector [B, ...] there that is a token's, 0 for those that fill up.
+
+    As `continual.adapted_network` takes it, for `text_to_text` with the same answers [K, U].
+    """
+    names = jnp.asarray(answers, jnp.int32)
+
+    def real(path: str, batch: Batch) -> Array:
+        targets = names[batch.labels]
+        if isinstance(network, Llama):
+            return (_continued(batch.inputs, targets) != _PADDING).astype(jnp.float32)
+        of_decoder = path.startswith("params/decoder/") and "/cross_key/" not in path and "/cross_value/" not in path
+        return ((targets if of_decoder else batch.inputs) != _PADDING).astype(jnp.float32)
+
+    return real
+
+
+def _forced(network: T5 | Llama, params: PyTree, tokens: Array, targets: Array) -> Array:
+    """Logits [B, U, K] of the targets [B, U], each given those before it."""
+    if isinstance(network, T5):
+        before = jnp.pad(targets, ((0, 0), (1, 0)))[:, :-1]
+        logits: Array = network.apply(params, tokens, before, tokens != _PADDING)  # type: ignore[assignment]
+        return logits
+    of_all: Array = network.apply(params, _continued(tokens, targets))  # type: ignore[assignment]
+    places = _lengths(tokens)[:, None] - 1 + jnp.arange(targets.shape[1])
+    return jnp.take_along_axis(of_all, places[..., None], axis=1)
+
+
+def _continued(tokens: Array, targets: Array) -> Array:
+    """Tokens [B, T] with targets [B, U] right after the last of each text, [B, T + U]."""
+    room = jnp.pad(tokens, ((0, 0), (0, targets.shape[1])))
+    put = jax.vmap(lambda text, answer, start: jax.lax.dynamic_update_slice(text, answer, (start,)))
+    return put(room, targets, _lengths(tokens))
+
+
+def _lengths(tokens: Array) -> Array:
+    return (tokens != _PADDING).sum(axis=1)
