@@ -96,7 +96,8 @@ def test_adapters_learn_to_answer_in_words(net, name):
     stream = streams.data_sets([(part, part)] * 2, classes=4)
 
     def covers(path):
-        return path.endswith(("/query/kernel", "/value/kernel", "/output/kernel"))
+        sites = ("attention_output", "cross_output", "output") if name == "oa_adapter" else ("query", "value", "output")
+        return path.endswith(tuple(f"/{site}/kernel" for site in sites))
 
     method = {
         "lora": lambda: adapters.lora(covers, 4, alpha=16),
