@@ -115,6 +115,26 @@ def text_streams(
             made = data.compute_features(encoder, tokens, folder=folder, callback=lambda done: bar.update(done - bar.n))
         return Examples(np.asarray(made), texts.labels)
 
-    parts = [(examples(task.train, task.name), examples(task.test, f"{task.name}, test")) for task in tasks]
-    whole = streams.trained_apart(streams.data_sets(parts, classes=len(tasks[0].train.label_names)))
+    return _in_orders(
+        [(examples(t.train, t.name), examples(t.test, f"{t.name}, test")) for t in tasks],
+        orders,
+        len(tasks[0].train.label_names),
+    )
+
+
+def token_streams(
+    tasks: Sequence[TextTask], orders: Sequence[Sequence[int]], tokenizer: Path, *, length: int, classes: int
+) -> list[Stream]:
+    """One stream an order, of each text's tokens [length]; all share the examples."""
+
+    def examples(texts: Texts) -> Examples:
+        return Examples(data.tokenize(texts.texts, tokenizer, length=length), texts.labels)
+
+    return _in_orders([(examples(task.train), examples(task.test)) for task in tasks], orders, classes)
+
+
+def _in_orders(
+    parts: Sequence[tuple[Examples, Examples]], orders: Sequence[Sequence[int]], classes: int
+) -> list[Stream]:
+    whole = streams.trained_apart(streams.data_sets(parts, classes=classes))
     return [streams.reordered(whole, order) for order in orders]

@@ -41,14 +41,15 @@ def text_task(folder: str | Path) -> tuple[Texts, Texts]:
     return read("train.json"), read("test.json")
 
 
-def tokenize(texts: Sequence[str], tokenizer: str | Path, *, length: int = 128) -> np.ndarray:
-    """Tokens [N, length] int32 of N texts, cut to `length`, special tokens included, and filled up with 0.
+def tokenize(texts: Sequence[str], tokenizer: str | Path, *, length: int = 128, special: bool = True) -> np.ndarray:
+    """Tokens [N, length] int32 of N texts, cut to `length`, special tokens counted, and filled up with 0.
 
     Args:
         texts: in the order of the rows.
         tokenizer: tokenizer.json as Hugging Face has it; MiniLM's is in `nets.minilm_folder()`. Its own rules of
             cutting and filling up are not followed.
         length: tokens of a text at most.
+        special: whether the tokenizer adds the tokens with which its network's texts begin or end.
 
     Raises:
         ImportError: the tokenizers package is missing.
@@ -68,7 +69,7 @@ def tokenize(texts: Sequence[str], tokenizer: str | Path, *, length: int = 128) 
     model.no_padding()
     model.enable_truncation(length)
     tokens = np.zeros((len(texts), length), np.int32)
-    for row, encoding in zip(tokens, model.encode_batch(list(texts)), strict=True):
+    for row, encoding in zip(tokens, model.encode_batch(list(texts), add_special_tokens=special), strict=True):
         row[: len(encoding.ids)] = encoding.ids
     return tokens
 
