@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from helpers import golden_folder
 
 from experiments import oa_adapter
 
@@ -29,6 +30,41 @@ def test_what_is_left_has_the_promised_form(smoke):
     assert "active_rank" not in found["lora"]
     page = (smoke / "report.html").read_text()
     assert page.count("<svg") == 5 and "Active ranks by site and task, oa_inputs" in page
+
+
+@pytest.fixture
+def words(tmp_path):
+    """Two tasks as JSON files, and a tiny T5 with a tokenizer of their words."""
+    tokenizers = pytest.importorskip("tokenizers")
+    tasks = {"a": {"good film": "good", "bad film": "bad"}, "b": {"about sports": "sports", "about world": "world"}}
+    for task, rows in tasks.items():
+        folder = tmp_path / "tasks" / task
+        folder.mkdir(parents=True)
+        (folder / "labels.json").write_text(json.dumps([*rows.values()]))
+        for part in ("train", "test"):
+            written = [{"sentence": text, "label": label} for text, label in rows.items()] * 8
+            (folder / f"{part}.json").write_text(json.dumps(written))
+    model = golden_folder(tmp_path, "tiny_t5_relu")
+    vocabulary = ["<pad>", "</s>", "<unk>", "good", "bad", "film", "about", "sports", "world"]
+    words = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({word: place for place, word in enumerate(vocabulary)}, unk_token="<unk>")
+    )
+    words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    words.post_processor = tokenizers.processors.TemplateProcessing("$A </s>", special_tokens=[("</s>", 1)])
+    words.save(str(model / "tokenizer.json"))
+    return ["--data", f"json:{tmp_path / 'tasks'}", "--model", f"t5:{model}"]
+
+
+def test_a_t5_answers_in_words(words, tmp_path):
+    document = oa_adapter.main([
+        "--preset", "smoke", *words, "--methods", "frozen", "o_lora", "oa_inputs", "--epochs", "20",
+        "--batch-size", "8", "--learning-rate", "0.03", "--out", str(tmp_path / "run"),
+    ])  # fmt: skip
+    learnt = document["results"]["o_lora"]["learning_accuracy"]["mean"]
+    assert document["results"]["frozen"]["acc"]["mean"] < 0.2 and learnt > 0.4
+    assert document["adapters"]["frozen"] == {} and "active_rank" in document["adapters"]["oa_inputs"]
+    with pytest.raises(ValueError, match=r"methods: got \['ewc'\]; leave these out with t5:"):
+        oa_adapter.main(["--preset", "smoke", *words, "--methods", "ewc", "--out", str(tmp_path / "other")])
 
 
 @pytest.mark.parametrize(
