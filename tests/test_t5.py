@@ -10,6 +10,7 @@ from helpers import assert_close, changed_config, compiled, drawn, golden, golde
 
 from jaxcl import nets
 from jaxcl.nets import t5
+from jaxcl.nets.weights import read_safetensors
 
 pytest.importorskip("safetensors")
 VERSIONS = pytest.mark.parametrize("name", ["tiny_t5_relu", "tiny_t5_gated_gelu"])
@@ -217,3 +218,16 @@ def test_copies_of_the_embedding_are_left_alone(folders, tmp_path):
     save_file(more | {"lm_head.weight": tensors["shared.weight"] + 1}, path / "model.safetensors")
     with pytest.raises(ValueError, match=r"unexpected: lm_head.weight;"):
         nets.load_t5(path)
+
+
+@pytest.mark.parametrize("name", ["tiny_t5_relu", "tiny_t5_gated_gelu"])
+def test_what_is_saved_is_read_again(name, tmp_path):
+    net, params = nets.load_t5(golden_folder(tmp_path, name))
+    nets.save_t5(tmp_path / "saved", net, params)
+    again, read = nets.load_t5(tmp_path / "saved")
+    assert again == net
+    jax.tree.map(np.testing.assert_array_equal, read, params)
+    before, after = (read_safetensors(folder / "model.safetensors") for folder in (tmp_path, tmp_path / "saved"))
+    assert after.keys() <= before.keys()
+    for tensor, own in after.items():
+        np.testing.assert_array_equal(own, before[tensor])

@@ -18,7 +18,7 @@ from jaxcl.nets.pooling import max_pool_2x2
 from jaxcl.nets.resnet import ResNet18
 from jaxcl.nets.resnet50 import ResNet50, load_resnet50
 from jaxcl.nets.seanet import SEANetDecoder, SEANetEncoder
-from jaxcl.nets.t5 import T5, load_t5
+from jaxcl.nets.t5 import T5, load_t5, save_t5
 from jaxcl.nets.text_to_text import real_tokens, text_to_text
 from jaxcl.nets.transformer import TokenTransformer
 from jaxcl.nets.vit import ViT, load_vit
@@ -66,6 +66,7 @@ __all__ = [
     "minilm_folder",
     "pretrained_encoder",
     "real_tokens",
+    "save_t5",
     "text_to_text",
     "through_layers",
 ]

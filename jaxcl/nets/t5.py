@@ -1,5 +1,6 @@
 """T5, a Transformer encoder and decoder that turns text into text, with published weights of versions 1.0 and 1.1."""
 
+import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -8,10 +9,13 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 
+from jaxcl.files import write_atomic
 from jaxcl.nets.generation import KeysValues
-from jaxcl.nets.weights import is_copy, load_by_name, read_checkpoint, read_config, sources_of
+from jaxcl.nets.weights import is_copy, load_by_name, read_checkpoint, read_config, save_safetensors, sources_of
+from jaxcl.trees import leaves_by_path
 from jaxcl.typing import Array, PyTree, check_at_least, check_choice, check_rank
 
 _ACTIVATIONS: dict[str, Callable[[Array], Array]] = {"relu": nn.relu, "gelu_new": nn.gelu}
@@ -330,6 +334,27 @@ def load_t5(folder: str | Path, dtype: DTypeLike = jnp.float32) -> tuple[T5, PyT
         return name == "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"
 
     return net, load_by_name(tensors, sources_of(_names(net)), template, ignored=ignored)
+
+
+def save_t5(folder: str | Path, net: T5, params: PyTree) -> None:
+    """Writes config.json and model.safetensors, as `load_t5` and Hugging Face's transformers read them.
+
+    Raises:
+        ImportError: the safetensors package is missing.
+        OSError: a file cannot be written.
+    """
+    leaves = leaves_by_path(params)
+    save_safetensors(Path(folder) / "model.safetensors", {
+        f"{name}.weight": np.asarray(leaf).T if path.endswith("/kernel") else np.asarray(leaf)
+        for path, name in _names(net).items() for leaf in [leaves[f"params/{path}"]]
+    })  # fmt: skip
+    feed_forward = next(name for name, kind in _FEED_FORWARDS.items() if kind == (net.activation, net.gated))
+    sizes = {name: getattr(net, field) for field, name in _CONFIG.items() if hasattr(net, field)}
+    config = sizes | {
+        "model_type": "t5", "architectures": ["T5ForConditionalGeneration"], "feed_forward_proj": feed_forward,
+        "decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": 1,
+    }  # fmt: skip
+    write_atomic(Path(folder) / "config.json", json.dumps(config, indent=2))
 
 
 def _names(net: T5) -> dict[str, str]:

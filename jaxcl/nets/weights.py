@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
+from jaxcl.files import write_atomic
 from jaxcl.trees import leaves_by_path, replace_leaves
 from jaxcl.typing import Array, PyTree, bad_argument, check_rank, check_width
 
@@ -146,6 +147,20 @@ def sources_of(names: Mapping[str, str]) -> dict[str, Source]:
 def is_copy(tensors: Mapping[str, np.ndarray], name: str, original: str) -> bool:
     """Whether the tensor of `name`, of any shape, is that of `original` once more, as tied ones may be saved."""
     return original in tensors and np.array_equal(tensors[name], tensors[original])
+
+
+def save_safetensors(path: str | Path, tensors: Mapping[str, np.ndarray]) -> None:
+    """Writes tensors, by name and each of any shape, to a file that is whole or not there.
+
+    Raises:
+        ImportError: the safetensors package is missing.
+        OSError: the file cannot be written.
+    """
+    try:
+        from safetensors.numpy import save  # noqa: PLC0415
+    except ImportError as error:
+        raise ImportError('safetensors files need safetensors: pip install "jaxcl[text]"') from error
+    write_atomic(path, save({name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}))
 
 
 def load_by_name(
