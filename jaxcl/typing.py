@@ -12,6 +12,7 @@ Axis letters, in docstrings and in the comment beside every field of a state:
 ``W``  width of a key
 ``V``  width of a value
 ``T``  tasks
+``R``  rank of a low-rank map
 ``S``  seeds that share each step
 ====== ======================================================
 """

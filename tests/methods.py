@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxcl import bottleneck, continual, masks
+from jaxcl import adapters, bottleneck, continual, masks
 from jaxcl.continual import Examples, Strategy, Stream, loop, streams
 from jaxcl.continual.programs import Programs, compile_programs
 
@@ -126,9 +126,16 @@ STRATEGIES = {
     "a_gem": lambda: continual.a_gem(network, **MEMORY),
 }
 MASKS = masks.ib_masks(lambda path: path != "bias", 2, log_variance=-2.0)
-NAMES = [*STRATEGIES, "key_value_bottleneck", "masked_network"]
+FROZEN = {"kernel": jax.random.normal(jax.random.key(8), (WIDTH, 6))}
+ADAPTER = adapters.oa_adapter(lambda path: True, 2, 2, protected=2, log_size=4)
+NAMES = [*STRATEGIES, "key_value_bottleneck", "masked_network", "adapted_network"]
 MADE_UP = {"made_up": lambda: made_up(0), "made_up, refreshed": lambda: made_up(3)}
 TOLD = {"lwf", "er"}  # those whose stream is task-incremental
+
+
+def frozen(function, inputs):
+    x = inputs.reshape(len(inputs), -1)
+    return function("kernel", x, x @ FROZEN["kernel"])
 
 
 @functools.cache
@@ -143,6 +150,14 @@ def method(name):
     if name == "masked_network":
         strategy, tx = continual.masked_network(MASKS, network, penalty_weight=1e-3), optax.adam(0.02)
         return Method(strategy, tx, MASKS.init(jax.random.key(0), network_params())[0], stream_of(told=True))
+    if name == "adapted_network":
+        objective = continual.classification(frozen, lambda params, features: features @ params)
+        features = continual.adapted_features(ADAPTER, frozen)
+        strategy = continual.class_means(
+            continual.adapted_network(ADAPTER, FROZEN, objective), features, drift_width=0.3
+        )
+        params = continual.Adapted(ADAPTER.init(jax.random.key(0), FROZEN)[0], jnp.zeros((6, CLASSES)))
+        return Method(strategy, optax.adam(0.02), params, stream_of())
     return Method((STRATEGIES | MADE_UP)[name](), optax.adam(0.02), network_params(), stream_of(told=name in TOLD))
 
 

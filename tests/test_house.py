@@ -9,9 +9,12 @@ from pathlib import Path
 import optax
 import pytest
 
-from jaxcl import bottleneck, masked_prior, masks, quantize, tokenizer
+from jaxcl import adapters, bottleneck, masked_prior, masks, quantize, tokenizer
 from jaxcl.continual import (
     a_gem,
+    adapted_network,
+    class_means,
+    classification,
     der_plus_plus,
     er,
     ewc,
@@ -468,6 +471,13 @@ MASK_METHOD = {
     "current": "masked, state",
     "bank": "state",
 }
+ADAPTER = {
+    "init": "key, params",
+    "changes": "adapter, state",
+    "penalty": "adapter, state",
+    "track": "adapter, state",
+    "commit": "key, adapter, state",
+}
 STRATEGY = {
     "init": "key, params, batch",
     "begin_task": "key, params, state, task",
@@ -524,6 +534,11 @@ FACTORIES = {
     "ib_masks, as the authors": (lambda: masks.ib_masks(bool, 2, scale_rule="authors"), MASK_METHOD),
     "winning_subnetwork": (lambda: masks.winning_subnetwork(bool, 2, sparsity=0.5), MASK_METHOD),
     "packnet": (lambda: masks.packnet(bool, 2, share=0.5, prune_after=3), MASK_METHOD),
+    "lora": (lambda: adapters.lora(bool, 2), ADAPTER),
+    "incremental_lora": (lambda: adapters.incremental_lora(bool, 2, 2), ADAPTER),
+    "o_lora": (lambda: adapters.o_lora(bool, 2, 2), ADAPTER),
+    "oa_adapter": (lambda: adapters.oa_adapter(bool, 2, 2), ADAPTER | {"measure": "state, moments"}),
+    "oa_adapter, outputs": (lambda: adapters.oa_adapter(bool, 2, 2, orthogonal_to="outputs"), ADAPTER),
     "naive": (lambda: naive(network), STRATEGY),
     "independent": (lambda: independent(network, 2), STRATEGY),
     "ewc": (lambda: ewc(network, strength=1.0), STRATEGY),
@@ -536,6 +551,11 @@ FACTORIES = {
     "linear_probe": (linear_probe, STRATEGY),
     "key_value_bottleneck": (lambda: key_value_bottleneck(small_bottleneck()), STRATEGY),
     "masked_network": (lambda: masked_network(masks.packnet(bool, 2, share=0.5, prune_after=3), network), STRATEGY),
+    "adapted_network": (
+        lambda: adapted_network(adapters.oa_adapter(bool, 2, 2), {}, classification(network, network)),
+        STRATEGY,
+    ),
+    "class_means": (lambda: class_means(naive(network), network, drift_width=0.3), STRATEGY),
     "nearest_class_mean": (nearest_class_mean, STRATEGY),
     "streaming_lda": (streaming_lda, STRATEGY),
     "ridge_classifier": (ridge_classifier, STRATEGY),
