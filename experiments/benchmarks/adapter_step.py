@@ -1,7 +1,8 @@
 """One training step of a LoRA in MiniLM, beside Hugging Face's PEFT on the same weights: 32 texts of 128 tokens.
 
 Rank 8 at queries and values of all six layers, a linear classifier over the mean of a text's tokens, cross entropy, and
-Adam for both. PyTorch runs on a GPU where JAX does. ``python -m experiments.benchmarks.adapter_step``
+Adam for both. PyTorch runs on a GPU where JAX does. The last case is ours on both sides: what a penalty costs must not
+grow with the tasks. ``python -m experiments.benchmarks.adapter_step``
 """
 
 from functools import partial
@@ -65,6 +66,34 @@ def _ours(sequential: bool) -> Step:
     return step
 
 
+def _penalty(tasks: int) -> Step:
+    """The gradient of OA-Adapter's penalty in MiniLM's last layer when all tasks but one are done."""
+    import jax
+
+    from jaxcl import adapters, nets
+
+    _, params = nets.load_bert(nets.minilm_folder())
+    method = adapters.oa_adapter(
+        lambda path: "layers_5" in path and path.endswith("output/kernel"), 16, tasks, orthogonal_to="outputs",
+        strength=1.0, protected=384,
+    )  # fmt: skip
+    adapter, state = method.init(jax.random.key(0), params)
+    commit = jax.jit(method.commit)
+    for task in range(tasks - 1):
+        moved = {
+            path: own._replace(up=jax.random.normal(jax.random.key(task), own.up.shape))
+            for path, own in adapter.items()
+        }
+        adapter, state = commit(jax.random.key(task), moved, state)
+    adapter = {path: own._replace(up=own.up + 1) for path, own in adapter.items()}
+    gradient = jax.jit(jax.grad(lambda adapter, state: method.penalty(adapter, state)[0]))
+
+    def step() -> None:
+        jax.block_until_ready(gradient(adapter, state))
+
+    return step
+
+
 def _peft() -> Step:
     import jax
     import torch
@@ -98,6 +127,7 @@ def _peft() -> Step:
 CASES = {
     "LoRA, rank 8, queries and values": Case(partial(_ours, False), _peft, repeats=7),
     "OA-Adapter, rank 16, both blocks; PEFT's LoRA": Case(partial(_ours, True), _peft, repeats=7),
+    "OA-Adapter's penalty, 50th task; 2nd": Case(partial(_penalty, 50), partial(_penalty, 2), repeats=50),
 }
 
 if __name__ == "__main__":
