@@ -37,6 +37,9 @@ CARDS = {
     "--preset cpu": Card("not measured", "not measured"),
     "--preset cpu --data short": Card("not measured", "not measured"),
     "--preset cpu --data long": Card("not measured", "not measured"),
+    "--preset paper --data short --model t5:PATH": Card(
+        "not measured; it takes an accelerator", "O-LoRA's schedule for T5-large and LLaMA-7B, on the texts at hand"
+    ),
 }
 Method = Literal[
     "frozen", "fine_tuning", "lora", "incremental_lora", "adapter", "incremental_adapter", "o_lora", "oa_fixed",
@@ -122,7 +125,12 @@ def preset(name: str, data: str) -> Config:
         small: dict[str, Any] = {"seeds": 1, "tasks": 2, "epochs": 1, "train_texts": 40, "test_texts": 20, "length": 16}
         return Config(**shared | small, answers="classifier" if data == "digits" else "means")
     if data == "digits":
-        return Config(**shared, epochs=30, adapted_layers=2)
+        return Config(**shared | ({"seeds": 10} if name == "paper" else {}), epochs=30, adapted_layers=2)
+    if name == "paper":  # those of O-LoRA's authors
+        return Config(
+            **shared, methods=("lora", "incremental_lora", "o_lora", "oa_outputs", "joint"), train_texts=5000,
+            test_texts=7600, length=512, epochs=1, batch_size=64, lora_alpha=32.0,
+        )  # fmt: skip
     return Config(**shared | {"seeds": 6 if data == "short" else 1}, answers="means")
 
 

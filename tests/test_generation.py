@@ -10,8 +10,6 @@ from helpers import both_ways, drawn
 
 from jaxcl import nets
 
-pytestmark = pytest.mark.core
-
 LENGTH, NEVER = 7, -1
 TOKENS = jnp.asarray(np.random.default_rng(1).integers(0, 30, (2, 6)), jnp.int32)
 COUNTS = np.array([6, 2])  # tokens of each text
@@ -54,6 +52,7 @@ def again(kind):
 KINDS = pytest.mark.parametrize("kind", ["t5", "llama"])
 
 
+@pytest.mark.core
 @KINDS
 @both_ways
 def test_tokens_are_those_of_the_whole_network(wrap, kind):

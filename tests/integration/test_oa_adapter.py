@@ -57,10 +57,10 @@ def words(tmp_path):
 
 def test_a_t5_answers_in_words(words, tmp_path):
     document = oa_adapter.main([
-        "--preset", "smoke", *words, "--methods", "frozen", "o_lora", "oa_inputs", "--epochs", "20",
+        "--preset", "smoke", *words, "--methods", "frozen", "oa_inputs", "--epochs", "20",
         "--batch-size", "8", "--learning-rate", "0.03", "--out", str(tmp_path / "run"),
     ])  # fmt: skip
-    learnt = document["results"]["o_lora"]["learning_accuracy"]["mean"]
+    learnt = document["results"]["oa_inputs"]["learning_accuracy"]["mean"]
     assert document["results"]["frozen"]["acc"]["mean"] < 0.2 and learnt > 0.4
     assert document["adapters"]["frozen"] == {} and "active_rank" in document["adapters"]["oa_inputs"]
     with pytest.raises(ValueError, match=r"methods: got \['ewc'\]; leave these out with t5:"):
