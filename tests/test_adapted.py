@@ -66,8 +66,7 @@ def run(strategy, method, stream=THREE, **options):
     return continual.run(jax.random.key(2), strategy, optax.adam(1e-2), begin(method), stream, **options)
 
 
-@pytest.mark.core
-@pytest.mark.parametrize("target", ["outputs", "down", "inputs", None])
+@pytest.mark.parametrize("target", ["outputs", "down", pytest.param("inputs", marks=pytest.mark.core), None])
 def test_sixty_tasks_compile_once(target):
     tasks = 60
     method = adapters.oa_adapter(everywhere, 2, tasks, orthogonal_to=target, protected=4, log_size=8)

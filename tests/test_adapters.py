@@ -125,7 +125,6 @@ def test_a_training_step_of_o_lora(name):
         assert_close(gradient[f"{n}/kernel"].up, arrays[f"{n}_grad_new_B"].T)
 
 
-@pytest.mark.core
 @both_ways
 @every_method
 def test_merged_answers_as_summed(name, wrap):
