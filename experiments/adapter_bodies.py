@@ -12,13 +12,14 @@ import numpy as np
 import optax
 
 from experiments.text_tasks import TextTask, lower_layers, text_streams, token_streams
-from jaxcl import continual, data, nets
+from jaxcl import adapters, continual, data, nets
 from jaxcl.adapters import LayerFunction
 from jaxcl.continual import Adapted, Batch, Objective, Stream, streams
 from jaxcl.nearest import normalise
 from jaxcl.typing import Array, Key, PyTree, bad_argument, check_between, check_choice
 
 TEMPERATURE = 0.05  # of the cosine classifier
+UNCHANGED = adapters.layer_function({}, "parallel")  # leaves all layers as they are
 
 
 class Body(NamedTuple):
@@ -116,7 +117,8 @@ def in_words(
     loaders: dict[str, Callable[..., tuple[Any, PyTree]]] = {"t5": nets.load_t5, "llama": nets.load_llama}
     check_choice("model", kind, loaders)
     network, params = loaders[kind](place)
-    end = json.loads((Path(place) / "config.json").read_text()).get("eos_token_id", 1 if kind == "t5" else 2)
+    ends = json.loads((Path(place) / "config.json").read_text()).get("eos_token_id", 1 if kind == "t5" else 2)
+    end = ends[0] if isinstance(ends, list) else ends  # later Llamas have several
     tokenizer, names = Path(place) / "tokenizer.json", tasks[0].train.label_names
     bare = data.tokenize(names, tokenizer, length=32, special=False)
     longest = int((bare != 0).sum(axis=1).max())
@@ -153,7 +155,7 @@ def permuted_digits(*, tasks: int, seeds: int, layers: int, epochs: int, validat
     body = _classifying(network, network.init(key, split.train.inputs[np.arange(1)]), network.width, 10)
 
     def apply(params: Adapted, images: Array) -> Array:
-        return body.objective(params.adapter).predict(lambda path, inputs, outputs: outputs, params.head, images)
+        return body.objective(params.adapter).predict(UNCHANGED, params.head, images)
 
     trained = continual.run(
         key, continual.naive(apply), optax.adam(3e-3), Adapted(body.params, body.head(head_key)), upright,

@@ -1,6 +1,6 @@
 """What the adapter experiment finds beside accuracies: answers by either head, drift, ranks, bytes, angles."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -11,7 +11,7 @@ from experiments.adapter_bodies import cosine_logits
 from jaxcl import adapters, report
 from jaxcl.adapters import AdapterState
 from jaxcl.continual import Result, Stream
-from jaxcl.continual.strategies import ClassMeans
+from jaxcl.continual.strategies import ClassMeans, Features
 from jaxcl.continual.streams import Selection
 from jaxcl.nearest import normalise
 from jaxcl.typing import PyTree
@@ -19,7 +19,6 @@ from jaxcl.typing import PyTree
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-Features = Callable[[PyTree, PyTree, Any], Any]  # (params, the method's state, inputs [B, ...]) -> features [B, D]
 _TESTED_AT_ONCE = 250
 
 

@@ -21,8 +21,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from experiments.adapter_bodies import Body, in_words, permuted_digits, upper_layers
-from experiments.adapter_findings import Features, bank_of, figures_of, findings_of, table_of
+from experiments.adapter_bodies import UNCHANGED, Body, in_words, permuted_digits, upper_layers
+from experiments.adapter_findings import bank_of, figures_of, findings_of, table_of
 from experiments.card import Card
 from experiments.common import Run, RunConfig, over_seeds, parse_command
 from experiments.sweep import run_grid
@@ -30,6 +30,7 @@ from experiments.text_tasks import load_tasks
 from jaxcl import adapters, continual, report
 from jaxcl.adapters import Adapter, LayerFunction
 from jaxcl.continual import Adapted, Objective, Result, Strategy, Stream, streams
+from jaxcl.continual.strategies import Features
 from jaxcl.typing import Array, Key, PyTree, bad_argument
 
 CARDS = {
@@ -45,7 +46,6 @@ Method = Literal[
     "frozen", "fine_tuning", "lora", "incremental_lora", "adapter", "incremental_adapter", "o_lora", "oa_fixed",
     "oa_outputs", "oa_down", "oa_inputs", "replay", "ewc", "lwf", "independent", "joint",
 ]  # fmt: skip
-A_TASK_EACH = ("incremental_lora", "incremental_adapter", "o_lora", "oa_fixed", "oa_outputs", "oa_down", "oa_inputs")
 NEED_LOGITS = {"replay", "ewc", "lwf", "independent"}
 
 
@@ -204,14 +204,12 @@ def _learner(config: Config, name: Method, body: Body, stream: Stream) -> Learne
     told = name == "independent"
 
     def function(params: Adapted, state: PyTree) -> LayerFunction:
-        if method is None:
-            return lambda path, inputs, outputs: outputs
-        return adapters.layer_function(method.changes(params.adapter, state), method.placement)
+        return adapters.layer_function(method.changes(params.adapter, state), method.placement) if method else UNCHANGED
 
     def features(params: Adapted, state: PyTree, inputs: Array) -> Array:
         assert body.features is not None  # or it would not be called
         layers = body.features(params.adapter if name == "fine_tuning" else body.params)
-        return layers(function(params, state if name in A_TASK_EACH else ()), inputs)
+        return layers(function(params, state), inputs)
 
     def apply(params: Adapted, inputs: Array) -> Array:
         return objective.predict(function(params, ()), params.head, inputs)
@@ -257,12 +255,9 @@ def _of_objective(name: Method, body: Body, method: Adapter | None) -> Strategy:
     def objective(params: Adapted) -> Objective:
         return body.objective(params.adapter if name == "fine_tuning" else body.params)
 
-    def as_it_is(path: str, inputs: Array, outputs: Array) -> Array:
-        return outputs
-
     return Strategy(
-        continual.gradients_of(lambda key, params, state, batch: objective(params).loss(as_it_is, params.head, batch)),
-        lambda params, state, inputs, task: objective(params).predict(as_it_is, params.head, inputs),
+        continual.gradients_of(lambda key, params, state, batch: objective(params).loss(UNCHANGED, params.head, batch)),
+        lambda params, state, inputs, task: objective(params).predict(UNCHANGED, params.head, inputs),
     )
 
 

@@ -22,10 +22,10 @@ from tqdm import tqdm
 
 from experiments.card import Card
 from experiments.text_tasks import ORDERS
-from jaxcl import data, nets
+from jaxcl import data, files, nets
 from jaxcl.typing import Array, Key, PyTree, bad_argument, check_at_least
 
-CARDS = {"": Card("not measured", "a folder with a T5 whose texts make no sense, but whose features tell topics apart")}
+CARDS = {"": Card("not measured", "a folder with a T5 that has seen no labels")}
 PADDING, END, UNKNOWN, LEFT_OUT = range(4)
 SPECIAL = ("<pad>", "</s>", "<unk>", "<extra_id_0>")
 SPAN = 6  # tokens left out of a text, and their end
@@ -119,7 +119,7 @@ def _train_tokenizer(texts: Sequence[str], vocabulary: int, path: Path) -> None:
         ),
     )  # fmt: skip
     tokenizer.post_processor = processors.TemplateProcessing("$A </s>", special_tokens=[("</s>", END)])
-    tokenizer.save(str(path))
+    files.write_atomic(path, tokenizer.to_str())
 
 
 def _left_out(key: Key, tokens: Array) -> tuple[Array, Array]:
@@ -127,7 +127,7 @@ def _left_out(key: Key, tokens: Array) -> tuple[Array, Array]:
 
     def one(key: Key, text: Array) -> tuple[Array, Array]:
         length, count = (text != PADDING).sum(), SPAN - 1
-        start = jax.random.randint(key, (), 0, jnp.maximum(length - count, 1))
+        start = jax.random.randint(key, (), 0, length - count)
         place = jnp.arange(len(text))
         shown = jnp.where(place < start, text, jnp.roll(text, 1 - count))  # what comes after moves to the left
         shown = jnp.where(place == start, LEFT_OUT, jnp.where(place >= length - count + 1, PADDING, shown))

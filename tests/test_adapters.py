@@ -164,9 +164,6 @@ def test_what_is_added_is_the_sum_over_tasks(name):
     x = np.random.default_rng(0).normal(size=(2, bank[SECOND][0].shape[1]))
     expected = sum(((x @ down) * gate) @ up for down, up, gate in zip(*bank[SECOND], strict=True))
     assert_close(adapters.added(method.changes(adapter, state)[SECOND], jnp.float32(x)), expected)
-    alone = adapters.own_changes(of_tasks(state), 1)[SECOND]
-    down, up, gate = (leaf[1] for leaf in bank[SECOND])
-    assert_close(adapters.added(alone, jnp.float32(x)), ((x @ down) * gate) @ up)
 
 
 # What is protected
@@ -300,7 +297,7 @@ def test_a_rank_that_is_off_comes_back_only_with_revival(revival):
         updates, opt_state = tx.update(jax.grad(loss)(adapter), opt_state)
         return optax.apply_updates(adapter, updates), opt_state
 
-    assert float(jnp.abs(jax.grad(loss)(adapter)[SECOND].gate[1])) > 0 if revival else True
+    assert (jax.grad(loss)(adapter)[SECOND].gate[1] != 0) == revival
     opt_state, first = tx.init(adapter), float(loss(adapter))
     for _ in range(300):
         adapter, opt_state = step(adapter, opt_state)

@@ -1,6 +1,6 @@
 """Adapters: low-rank changes to a frozen network, one more with each task, kept off what earlier tasks need."""
 
-from jaxcl.adapters.bank import AdapterState, budget, own_changes
+from jaxcl.adapters.bank import AdapterState, budget
 from jaxcl.adapters.contract import (
     Adapter,
     Budget,
@@ -42,7 +42,6 @@ __all__ = [
     "o_lora",
     "oa_adapter",
     "overlap",
-    "own_changes",
     "protect",
     "second_moments",
     "sites_of",

@@ -6,9 +6,9 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from jaxcl.adapters.contract import Budget, Change, Factors, Site, product
+from jaxcl.adapters.contract import Budget, Factors, Site, product
 from jaxcl.adapters.subspaces import Protected
-from jaxcl.trees import byte_count, commit, pick
+from jaxcl.trees import byte_count, commit
 from jaxcl.typing import Array
 
 
@@ -44,12 +44,6 @@ def commit_factors(state: AdapterState, factors: Mapping[str, Factors]) -> Adapt
         past={path: state.past[path] + product(own.down * own.gate, own.up) for path, own in kept.items()},
         committed=state.committed + 1,
     )
-
-
-def own_changes(state: AdapterState, task: Array | int) -> dict[str, Change]:
-    """What one task [] added for itself, without the others: by site, `past` left out."""
-    found = {path: pick(factors, task) for path, factors in state.bank.items()}
-    return {path: Change(None, own.down, own.gate[:, None] * own.up) for path, own in found.items()}
 
 
 def budget(state: AdapterState) -> Budget:

@@ -2,6 +2,7 @@
 
 from jaxcl.continual.strategies.adapted import (
     Adapted,
+    Features,
     Objective,
     adapted_features,
     adapted_network,
@@ -37,6 +38,7 @@ __all__ = [
     "Batch",
     "CaredKeys",
     "ClassMeans",
+    "Features",
     "MaskedTasks",
     "Metrics",
     "Momentum",
