@@ -22,7 +22,7 @@ import optax
 
 from experiments.card import Card
 from experiments.common import Run, RunConfig, over_seeds, parse_command
-from experiments.images import NAMES, load_images, read_images
+from experiments.images import NAMES, crop_and_flip, load_images, normalised, read_images
 from experiments.sweep import run_grid
 from jaxcl import continual, data, masks, nets, report
 from jaxcl.continual import Strategy, Stream, streams
@@ -331,20 +331,9 @@ def _streams(config: Config, keys: Sequence[Key]) -> list[Stream]:
         if classes % config.tasks:
             raise bad_argument("tasks", config.tasks, f"pass a divisor of {classes}, the classes that are split")
         made = [streams.task_incremental(key, *split, classes_per_task=classes // config.tasks) for key in keys]
-    prepare = partial(_prepare, data.channel_statistics(split.train))
-    augment = _augment if config.augment else None
+    prepare = partial(normalised, data.channel_statistics(split.train))
+    augment = crop_and_flip if config.augment else None
     return [stream._replace(task_known=True, prepare=prepare, augment=augment) for stream in made]
-
-
-def _prepare(statistics: data.Statistics, images: Array) -> Array:
-    """Normalised images [B, H, W, channels]."""
-    normalised = data.normalise(statistics, images)
-    return normalised if normalised.ndim == 4 else normalised[..., None]
-
-
-def _augment(key: Key, images: Array) -> Array:
-    crop_key, flip_key = jax.random.split(key)
-    return data.random_flip(flip_key, data.random_crop(crop_key, images, padding=4))
 
 
 def _masked(config: Config, name: Method, network: Network, steps: int) -> tuple[MaskMethod, Strategy, float]:

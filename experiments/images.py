@@ -1,12 +1,13 @@
 """Sets of images by name, as experiments on images take them."""
 
+import jax
 import numpy as np
 from tqdm import tqdm
 
 from jaxcl import data
 from jaxcl.continual import Examples
 from jaxcl.data.lazy import take
-from jaxcl.typing import check_at_least, is_resident
+from jaxcl.typing import Array, Key, check_at_least, is_resident
 
 NAMES = ("digits", "mnist", "cifar10", "cifar100", "tinyimagenet", "folder", "tfds")
 _PIECE = 1024  # images decoded between two strokes of the bar
@@ -53,6 +54,18 @@ def read_images(examples: Examples, name: str) -> Examples:
             images[rows] = inputs[rows]
             bar.update(len(rows))
     return examples._replace(inputs=images)
+
+
+def normalised(statistics: data.Statistics, images: Array) -> Array:
+    """Images [B, H, W] or [B, H, W, channels] as networks take them, [B, H, W, channels]."""
+    made = data.normalise(statistics, images)
+    return made if made.ndim == 4 else made[..., None]
+
+
+def crop_and_flip(key: Key, images: Array) -> Array:
+    """Images [B, H, W, channels] cropped at random, after padding by 4 pixels, and half of them mirrored."""
+    crop_key, flip_key = jax.random.split(key)
+    return data.random_flip(flip_key, data.random_crop(crop_key, images, padding=4))
 
 
 def _first(examples: Examples, count: int) -> Examples:

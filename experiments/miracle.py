@@ -13,8 +13,9 @@ python -m jaxcl.coding inspect runs/miracle/files/mean_kl-1500-0.jcl
 import dataclasses
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -27,13 +28,13 @@ from tqdm import tqdm
 from experiments.card import Card
 from experiments.coders import CODERS
 from experiments.common import BaseConfig, claim_folder, finished_before, parse_command
-from experiments.images import load_images, read_images
+from experiments.images import crop_and_flip, load_images, normalised, read_images
 from experiments.rows import Outcome, file_name, finish, kept
 from jaxcl import coding, data, gaussian, nets, report
 from jaxcl.coding import Layout, Posterior, Progress, Told, TrainState
 from jaxcl.continual import Examples, sharding
 from jaxcl.continual.checkpoints import Checkpoint, Checkpoints
-from jaxcl.typing import Array, PyTree, bad_argument, check_at_least, check_between, check_choice
+from jaxcl.typing import Array, Key, PyTree, bad_argument, check_at_least, check_between, check_choice
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -53,7 +54,6 @@ POSTERIORS = {"mean_kl": coding.mean_kl_posterior, "mean_var": coding.mean_var_p
 NEAR = 1.1  # times its last value: where a loss counts as come down
 PRUNED = (0, 10, 20, 30, 40, 50, 60, 70, 80, 90)  # percent
 TESTED_AT_ONCE = 2000
-HEADER = 80  # bytes of a file before its indices, about
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,13 +61,17 @@ class Config(BaseConfig):
     """Settings of the compression experiment; the defaults shown are those of the preset."""
 
     data: str = "digits"
-    """digits (of scikit-learn), or mnist (in the folder that JAXCL_DATA names)."""
-    network: Literal["mlp", "lenet5"] = "mlp"
-    """What is compressed: lenet5 goes with mnist, an mlp with both."""
+    """digits (of scikit-learn), or mnist or cifar10 (in the folder that JAXCL_DATA names)."""
+    network: Literal["mlp", "lenet5", "vgg16"] = "mlp"
+    """What is compressed: lenet5 goes with mnist, vgg16 with cifar10, an mlp with all."""
     hidden: tuple[int, ...] = (100, 50)
     """Widths of the hidden layers of an mlp."""
+    vgg_width: int = 64
+    """vgg16: channels of its first stage; the published network has 64."""
+    augment: bool = False
+    """Crop training images at random, after padding by 4 pixels, and mirror half of them."""
     rows: tuple[str, ...] = ("mean_kl:200", "mean_kl:300", "mean_kl:400", "mean_kl:600", "mean_var:300", "mean_var:400")
-    """The table: parameterization:bytes of the file at most, about, the former being mean_kl or mean_var."""
+    """The table: parameterization:bytes of the file at most, the former being mean_kl or mean_var."""
     bits: float = 16
     """KL of a block."""
     values: tuple[str, ...] = ("params/Dense_0/kernel=3000", "params/Dense_1/kernel=2500")
@@ -109,6 +113,8 @@ def preset(name: str, data: str) -> Config:
     long = {"epochs": 500, "coding_epochs": 500, "rounds": 1000} if name == "paper" else {}
     if data == "digits":
         return Config(**shared | long)
+    if data == "cifar10":
+        return _of_cifar(name, shared)
     of_cpu = {"epochs": 8, "coding_epochs": 16, "rounds": 100}
     rows = ("mean_kl:700", "mean_kl:1000", "mean_kl:1600", "mean_kl:2200", "mean_kl:3100", "mean_var:1600")
     return Config(
@@ -117,9 +123,23 @@ def preset(name: str, data: str) -> Config:
     )  # fmt: skip
 
 
+def _of_cifar(name: str, shared: Mapping[str, Any]) -> Config:
+    """VGG-16, in full or with a quarter of the channels; late layers' weights share a fifth as many values."""
+    small: dict[str, Any] = {"vgg_width": 16, "rows": ("mean_kl:20000",), "epochs": 5, "coding_epochs": 10, "seeds": 1}
+    full: dict[str, Any] = {"rows": ("mean_kl:200000", "mean_kl:420000"), "epochs": 150, "coding_epochs": 150}
+    sizes = small if name == "cpu" else full
+    channels = sizes.get("vgg_width", 64) * 8
+    first, other = (9 * inputs * channels // 5 for inputs in (channels // 2, channels))
+    values = (f"params/Conv_7/kernel={first}", *(f"params/Conv_{layer}/kernel={other}" for layer in range(8, 13)))
+    return Config(
+        **{**shared, **sizes}, network="vgg16", augment=True, values=values, batch_size=128, learning_rate=1e-2,
+        rounds=100,
+    )  # fmt: skip
+
+
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Runs the experiment; returns what is in metrics.json."""
-    config = parse_command(preset, data=("digits", "mnist"), argv=argv, description=__doc__ or "")
+    config = parse_command(preset, data=("digits", "mnist", "cifar10"), argv=argv, description=__doc__ or "")
     check_at_least("seeds", config.seeds, 1)
     check_at_least("rounds", config.rounds, 1)
     check_at_least("epochs", config.epochs, 1)
@@ -132,6 +152,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     if (document := finished_before(config.out)) is not None:
         return document
     task = _task(config)
+    shapes = jax.eval_shape(task.network.init, jax.random.key(0), task.prepare(jnp.asarray(task.train.inputs[:1])))
+    for row in config.rows:
+        _layout(config, shapes, row, 0)  # so that too small a budget is told before any work
     seeds = range(config.seeds)
     found = {row: [_Compression(config, task, row, seed).outcome() for seed in seeds] for row in config.rows}
     histories = {row: of_seeds[0]["history"] for row, of_seeds in found.items()}
@@ -139,9 +162,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
 
 class Images(NamedTuple):
-    """Prepared images and their classes."""
+    """Images and their classes, in memory."""
 
-    inputs: np.ndarray  # [N, H, W, channels]
+    inputs: np.ndarray  # [N, H, W] or [N, H, W, channels]
     labels: np.ndarray  # [N]
 
 
@@ -149,21 +172,25 @@ class Task(NamedTuple):
     """A network and what it learns."""
 
     network: Any  # a Linen module
+    prepare: Callable[[Array], Array]  # images to what the network takes, [B, H, W, channels]
     train: Images
     test: Images
 
 
 def _task(config: Config) -> Task:
     split = load_images(config.data, validation=config.validation, limit=config.limit)
-    statistics = data.channel_statistics(split.train)
-
-    def prepared(examples: Examples, name: str) -> Images:
-        images = jnp.asarray(read_images(examples, name).inputs)
-        return Images(np.asarray(data.normalise(statistics, images))[..., None], np.asarray(examples.labels))
-
-    classes = int(np.max(split.train.labels)) + 1
-    network = nets.MLP(config.hidden, classes) if config.network == "mlp" else nets.LeNet5(classes)
-    return Task(network, prepared(split.train, "training images"), prepared(split.test, "test images"))
+    train, test = (
+        Images(np.asarray(read_images(part, f"{name} images").inputs), np.asarray(part.labels))
+        for part, name in zip(split, ("training", "test"), strict=True)
+    )
+    prepare = partial(normalised, data.channel_statistics(Examples(*train)))
+    classes = int(train.labels.max()) + 1
+    networks: dict[str, Callable[[], Any]] = {
+        "mlp": lambda: nets.MLP(config.hidden, classes),
+        "lenet5": lambda: nets.LeNet5(classes),
+        "vgg16": lambda: nets.VGG16(classes, config.vgg_width),
+    }
+    return Task(networks[config.network](), prepare, train, test)
 
 
 def _parsed(row: str) -> tuple[str, int]:
@@ -172,7 +199,6 @@ def _parsed(row: str) -> tuple[str, int]:
     check_choice("rows", name, POSTERIORS)
     if not size.isdecimal():
         raise bad_argument("rows", row, "write it as mean_kl:1500")
-    check_at_least(f"rows, bytes of {row}", int(size), HEADER + 1)
     return name, int(size)
 
 
@@ -184,19 +210,32 @@ def _values(config: Config) -> dict[str, int]:
     return {path: int(number) for path, number in found.items()}
 
 
+def _index_bits(config: Config) -> int:
+    """Of a block's index."""
+    return math.ceil(config.bits + config.spare_bits)
+
+
+def _layout(config: Config, params: PyTree, row: str, seed: int) -> Layout:
+    """As many blocks as go into the bytes of a row."""
+    single = coding.layout_of(params, width=1, seed=seed, values=_values(config))
+    size, header = _parsed(row)[1], coding.header_bytes(single, _index_bits(config))
+    blocks = 8 * (size - header) // _index_bits(config)
+    if blocks < 1:
+        raise bad_argument("rows", row, f"this network's file has {header} bytes beside its indices: allow more")
+    return single._replace(width=-(-single.blocks // blocks))
+
+
 class _Compression:
     """One row with one seed."""
 
     def __init__(self, config: Config, task: Task, row: str, seed: int) -> None:
         self._config, self._task, self._row, self._seed = config, task, row, seed
         self._name = f"{file_name(row)}-{seed}"  # of its files
-        name, size = _parsed(row)
         self._init_key, self._step_key, self._coder_key, self._draw_key = jax.random.split(jax.random.key(seed), 4)
-        self._params = task.network.init(self._init_key, task.train.inputs[:1])
-        self._coder = CODERS[config.coder](math.ceil(config.bits + config.spare_bits))
-        values = sum(leaf.values for leaf in self._laid_out(width=1).leaves)
-        self._layout: Layout = self._laid_out(width=-(-values // max(1, 8 * (size - HEADER) // self._coder.bits)))
-        self._posterior: Posterior = POSTERIORS[name](self._layout, config.bits)
+        self._params = task.network.init(self._init_key, task.prepare(jnp.asarray(task.train.inputs[:1])))
+        self._coder = CODERS[config.coder](_index_bits(config))
+        self._layout: Layout = _layout(config, self._params, row, seed)
+        self._posterior: Posterior = POSTERIORS[_parsed(row)[0]](self._layout, config.bits)
         self._an_epoch = len(task.train.labels) // config.batch_size
         if not self._an_epoch:
             raise bad_argument("batch_size", config.batch_size, f"pass {len(task.train.labels)} or fewer")
@@ -212,15 +251,12 @@ class _Compression:
             self._layout, self._posterior, optax.adam(rate, b2=0.99), self._loss, penalty=config.penalty,
             penalty_rate=config.penalty_rate,
         )  # fmt: skip
-        self._step = jax.jit(self._trainer.step, donate_argnums=1)
-        self._logits = jax.jit(task.network.apply)
+        self._step = jax.jit(self._trained, donate_argnums=1)
+        self._logits = jax.jit(lambda params, images: task.network.apply(params, task.prepare(images)))
         self._of_part = -(-self._layout.blocks // config.rounds)
         parts, left = -(-self._layout.blocks // self._of_part), self._steps - first
         # Part i is coded before step `due[i]`: the first after the epochs of training, the last in the end.
         self._due = [first + left * part // max(parts - 1, 1) for part in range(parts)]
-
-    def _laid_out(self, *, width: int) -> Layout:
-        return coding.layout_of(self._params, width=width, seed=self._seed, values=_values(self._config))
 
     def outcome(self) -> Outcome:
         """Results, costs, history and what the report draws, as kept in the folder; worked out if not there yet."""
@@ -341,6 +377,15 @@ class _Compression:
                 "scale over the prior's": _histogram(np.asarray(q.scale / p.scale), 0, 1.25),
             },
         }
+
+    def _trained(
+        self, key: Key, state: TrainState, progress: Progress, batch: tuple[Array, Array]
+    ) -> tuple[TrainState, Told]:  # fmt: skip
+        images, labels = batch
+        if self._config.augment:
+            key, augment_key = jax.random.split(key)
+            images = crop_and_flip(augment_key, images)
+        return self._trainer.step(key, state, progress, (self._task.prepare(images), labels))
 
     def _loss(self, params: PyTree, batch: tuple[Array, Array]) -> Array:
         inputs, labels = batch

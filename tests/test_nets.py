@@ -106,6 +106,35 @@ def test_resnet18_has_as_many_parameters_as_is_known(net, stem_and_head):
     assert parameter_count(params) in (11_173_962, 11_689_512)  # what PyTorch's have with batch normalisation
 
 
+def test_vgg16_is_the_published_network():
+    net, rng = nets.VGG16(classes=3, width=2), np.random.default_rng(0)
+    inputs = jnp.asarray(rng.normal(size=(2, 37, 32, 3)), jnp.float32)
+    params = jax.tree.map(
+        lambda leaf: jnp.asarray(0.1 + rng.normal(size=leaf.shape) / np.sqrt(np.prod(leaf.shape[:-1])), jnp.float32),
+        jax.eval_shape(net.init, jax.random.key(0), inputs),
+    )
+    weights = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params["params"])
+    x, layer = np.asarray(inputs, np.float64), 0
+    for stage, convolutions in enumerate((2, 2, 3, 3, 3)):  # configuration D
+        for _ in range(convolutions):
+            x = convolution(x, weights[f"Conv_{layer}"]["kernel"], 1)
+            x = np.maximum(group_norm(x, weights[f"GroupNorm_{layer}"], x.shape[-1]), 0)
+            layer += 1
+        assert x.shape[-1] == min(2 * 2**stage, 16)
+        x = x[:, : x.shape[1] // 2 * 2, : x.shape[2] // 2 * 2]
+        x = np.maximum(np.maximum(x[:, ::2, ::2], x[:, 1::2, ::2]), np.maximum(x[:, ::2, 1::2], x[:, 1::2, 1::2]))
+    expected = x.mean(axis=(1, 2)) @ weights["head"]["kernel"] + weights["head"]["bias"]
+    assert_close(jax.jit(net.apply)(params, inputs), expected, 1e-4)
+
+
+def test_vgg16_has_as_many_weights_as_is_known():
+    net = nets.VGG16(classes=10)
+    params = jax.eval_shape(net.init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))["params"]
+    kernels = {path: own for path, own in params.items() if path.startswith("Conv")}
+    assert parameter_count(kernels) == 14_714_688 - 4_224  # PyTorch's `features`, less their biases
+    assert parameter_count(params["head"]) == 5_130
+
+
 def test_resnet18_sees_each_example_alone():
     net, params, inputs = small_resnet()
     apply = jax.jit(net.apply)

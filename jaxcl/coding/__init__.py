@@ -25,12 +25,12 @@ from jaxcl.coding.progressive import (
     trainer,
     with_storable_priors,
 )
-from jaxcl.coding.storage import Message, decode, load, save, storable, values
+from jaxcl.coding.storage import Message, decode, header_bytes, load, save, storable, values
 
 __all__ = [
     "MOST_BITS", "Coder", "Encoded", "Layout", "Leaf", "Message", "Places", "Posterior", "Progress", "Told",
     "TrainState", "Trainer", "Variables", "astar",
-    "chosen_candidates", "decode", "encode_next", "exact_normal_of_word", "layout_of", "load", "mean_kl_posterior",
-    "mean_var_posterior", "message", "mrc", "nothing_coded", "orc", "places", "sample_values", "save", "storable",
-    "trainer", "tree_of_values", "values", "with_storable_priors",
+    "chosen_candidates", "decode", "encode_next", "exact_normal_of_word", "header_bytes", "layout_of", "load",
+    "mean_kl_posterior", "mean_var_posterior", "message", "mrc", "nothing_coded", "orc", "places", "sample_values",
+    "save", "storable", "trainer", "tree_of_values", "values", "with_storable_priors",
 ]  # fmt: skip

@@ -81,18 +81,20 @@ def save(path: str | os.PathLike[str], message: Message) -> int:
     plain = _pack(indices, np.full(len(indices), bits))
     adaptive = encode_symbols(lengths, bits + 1) + _pack(numbers, lengths)
     body = min(plain, adaptive, key=len)
-    text = "\n".join(
-        [f"{kl:.2f} {layout.width} {layout.seed} {bits} {int(body is adaptive)}", *map(_line, layout.leaves)]
-    )
-    packer = zlib.compressobj(9, zlib.DEFLATED, -15, 9, zdict=_WORDS)
-    header = packer.compress(text.encode()) + packer.flush()
-    if len(header) >= 1 << 16 or len(text.encode()) > _HEADER_LIMIT:
-        raise bad_argument("message.layout", f"{len(layout.leaves)} leaves", "their paths are too much for a header")
     upper = (scales.view(np.uint32) >> 16).astype("<u2").tobytes()
-    content = b"".join([_MAGIC, struct.pack("<H", len(header)), header, upper, body])
+    content = _header(_Header(layout, bits, kl, int(body is adaptive))) + upper + body
     content += struct.pack("<I", zlib.crc32(content))
     files.write_atomic(path, content)
     return len(content)
+
+
+def header_bytes(layout: Layout, bits: int) -> int:
+    """Bytes that a file of blocks of so many bits has beside its indices, to within one or two.
+
+    Raises:
+        ValueError: more leaves than a header holds.
+    """
+    return len(_header(_Header(layout, bits, float(bits), 0))) + 2 * len(layout.leaves) + 4
 
 
 def load(path: str | os.PathLike[str], *, limit: int = _LIMIT) -> Message:
@@ -123,6 +125,17 @@ class _Header(NamedTuple):
     bits: int
     kl: float
     adaptive: int  # whether bit lengths are entropy-coded
+
+
+def _header(header: _Header) -> bytes:
+    """The beginning of a file, which `_parts` reads."""
+    layout, bits, kl, adaptive = header
+    text = "\n".join([f"{kl:.2f} {layout.width} {layout.seed} {bits} {adaptive}", *map(_line, layout.leaves)]).encode()
+    packer = zlib.compressobj(9, zlib.DEFLATED, -15, 9, zdict=_WORDS)
+    packed = packer.compress(text) + packer.flush()
+    if len(packed) >= 1 << 16 or len(text) > _HEADER_LIMIT:
+        raise bad_argument("layout", f"{len(layout.leaves)} leaves", "their paths are too much for a header")
+    return _MAGIC + struct.pack("<H", len(packed)) + packed
 
 
 def _parts(content: bytes) -> tuple[_Header, bytes]:

@@ -21,12 +21,14 @@ from jaxcl.nets.seanet import SEANetDecoder, SEANetEncoder
 from jaxcl.nets.t5 import T5, load_t5, save_t5
 from jaxcl.nets.text_to_text import real_tokens, text_to_text
 from jaxcl.nets.transformer import TokenTransformer
+from jaxcl.nets.vgg import VGG16
 from jaxcl.nets.vit import ViT, load_vit
 
 __all__ = [
     "BERT",
     "MLP",
     "T5",
+    "VGG16",
     "AlexNet",
     "BERTLayers",
     "BatchNorm",
