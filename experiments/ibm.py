@@ -136,7 +136,7 @@ def preset(name: str, data: str) -> Config:
     if kind == "digits":
         return Config(**shared, epochs=30, batch_size=32, hidden=(100, 50), ibm_penalty=3e-2)
     if kind == "mnist":
-        return Config(**shared, tasks=20, epochs=5, packnet_share=0.05, wsn_sparsity=0.65)
+        return Config(**shared, tasks=20, epochs=5, packnet_share=0.05, wsn_sparsity=0.65, ewc_strength=0.3)
     return Config(
         **shared,
         stream="split",

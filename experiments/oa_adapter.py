@@ -54,8 +54,9 @@ class Config(RunConfig):
     """Settings of the adapter experiment; the defaults shown are those of the preset."""
 
     data: str = "digits"
-    """digits (of scikit-learn); short or long, of the texts in the folder that JAXCL_DATA names; or json:PATH, a folder
-    of tasks in the layout of O-LoRA's benchmark."""
+    """digits (of scikit-learn); short or long, of the texts in the folder that JAXCL_DATA names; json:PATH, a folder of
+    tasks in the layout of O-LoRA's benchmark; or tfds:NAME,NAME, data sets of texts that TFDS has prepared, a task
+    each."""
     methods: tuple[Method, ...] = get_args(Method)
     """Which methods to run. lora and adapter are one for all tasks, which train it in turn; incremental ones, O-LoRA
     and OA-Adapter have one more with each task; replay, EWC and LwF train a LoRA; independent is a LoRA a task, told
@@ -74,6 +75,8 @@ class Config(RunConfig):
     """Texts: examples of a task to learn from, at most."""
     test_texts: int = 500
     """Texts: examples of a task to be tested on, at most."""
+    test_split: str = "test"
+    """tfds: the split to be tested on; that of GLUE and SuperGLUE has no labels, but validation has."""
     length: int = 64
     """Texts: tokens of one, at most."""
     validation: bool = False
@@ -136,7 +139,7 @@ def preset(name: str, data: str) -> Config:
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Runs the experiment, or its last point in a sweep; returns what is in metrics.json."""
-    names = ("digits", "short", "long", "json")
+    names = ("digits", "short", "long", "json", "tfds")
     return run_grid(parse_command(preset, data=names, argv=argv, description=__doc__ or ""), _run)[-1]
 
 
@@ -177,8 +180,9 @@ def _body(config: Config, run: Run) -> tuple[Body, list[Stream]]:
             validation=config.validation,
         )  # fmt: skip
     tasks, orders = load_tasks(
-        config.data, train=config.train_texts, test=config.test_texts, validation=config.validation
-    )
+        config.data, train=config.train_texts, test=config.test_texts, validation=config.validation,
+        test_split=config.test_split,
+    )  # fmt: skip
     if config.model != "minilm":
         if unfit := set(config.methods) & NEED_LOGITS:
             raise bad_argument("methods", sorted(unfit), f"leave these out with {config.model}, which answers in words")

@@ -36,7 +36,7 @@ class TextTask(NamedTuple):
 
 
 def load_tasks(
-    source: str, *, train: int, test: int, validation: bool
+    source: str, *, train: int, test: int, validation: bool, test_split: str = "test"
 ) -> tuple[list[TextTask], tuple[tuple[int, ...], ...]]:
     """Tasks, and the orders in which they are to come.
 
@@ -44,13 +44,16 @@ def load_tasks(
 
     Args:
         source: short or long, of the pack in the folder that JAXCL_DATA names; or json:PATH, whose folders are tasks
-            in the benchmark's layout and come in the order of their names.
+            in the benchmark's layout and come in the order of their names; or tfds:NAME,NAME, data sets that TFDS has
+            prepared, in the order given.
         train: texts to learn from, at most, drawn from each task's.
         test: texts to be tested on, at most, likewise.
+        test_split: of tfds, where they come from.
         validation: test on training texts that are not learnt from, instead.
 
     Raises:
-        ValueError: another source, or one without tasks; as `data.cl_text` and `data.text_task`.
+        ValueError: another source, or one without tasks; as `data.cl_text`, `data.text_task` and
+            `data.text_task_from_tfds`.
     """
     check_at_least("train_texts", train, 1)
     check_at_least("test_texts", test, 1)
@@ -61,6 +64,9 @@ def load_tasks(
             raise bad_argument("data", source, "name a folder whose folders are tasks, each with a labels.json")
         found = {folder.name: data.text_task(folder) for folder in folders}
         orders: tuple[tuple[int, ...], ...] = (tuple(range(len(found))),)
+    elif kind == "tfds":
+        found = {name: data.text_task_from_tfds(name, test=test_split) for name in place.split(",")}
+        orders = (tuple(range(len(found))),)
     else:
         found = {name: data.cl_text(name) for name in ORDERS[kind][0]}
         orders = tuple(tuple(list(found).index(name) for name in order) for order in ORDERS[kind])

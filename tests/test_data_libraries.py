@@ -125,6 +125,49 @@ def test_missing_tfds_says_what_brings_it(monkeypatch):
         data.from_tfds("tiny")
 
 
+@pytest.mark.parametrize("features", [("text",), ("premise", "hypothesis")])
+def test_texts_of_a_prepared_data_set_are_a_task(tmp_path, features):
+    prepare_texts(tmp_path, features)
+    train, test = data.text_task_from_tfds("tiny_texts", data_dir=tmp_path, test="train[:2]")
+    first = "text zero é" if len(features) == 1 else "hypothesis: hypothesis zero é\npremise: premise zero é"
+    assert dict(zip(train.texts, train.labels.tolist(), strict=True))[first] == 1
+    assert train.label_names == test.label_names == ["no", "yes"]
+    assert test.texts == train.texts[:2] and train.labels.dtype == np.int32 and len(train.texts) == 3
+
+
+def test_texts_without_labels_or_labels_without_texts_are_refused(tmp_path):
+    prepare_texts(tmp_path, ("text",))
+    with pytest.raises(ValueError, match=r"test, labels of 'test': got values from -1 to -1"):
+        data.text_task_from_tfds("tiny_texts", data_dir=tmp_path)
+    with pytest.raises(ValueError, match=r"label: got 'class'; choose one of 'label', 'text'"):
+        data.text_task_from_tfds("tiny_texts", data_dir=tmp_path, label="class")
+    with pytest.raises(ValueError, match=r"name: got 'tiny_texts' of {'label': 'ClassLabel', 'text': 'Text'}; choose"):
+        data.text_task_from_tfds("tiny_texts", data_dir=tmp_path, label="text")
+
+
+def prepare_texts(folder, features):
+    """Writes a data set "tiny_texts" whose test rows have no labels, as in GLUE."""
+    import tensorflow_datasets as tfds
+
+    class TinyTexts(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+        VERSION = tfds.core.Version("1.0.0")
+
+        def _info(self):
+            own = {name: tfds.features.Text() for name in features}
+            own |= {"label": tfds.features.ClassLabel(names=["no", "yes"])}
+            return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(own))
+
+        def _split_generators(self, manager):
+            return {"train": self._generate_examples([1, 0, 1]), "test": self._generate_examples([-1])}
+
+        def _generate_examples(self, labels):
+            for number, label in enumerate(labels):
+                said = ("zero é", "one", "two")[number]
+                yield number, {name: f"{name} {said}" for name in features} | {"label": label}
+
+    TinyTexts(data_dir=folder, file_format="array_record").download_and_prepare()
+
+
 # Hugging Face
 
 

@@ -78,6 +78,8 @@ def test_validation_texts_are_not_learnt_from(two_tasks):
 
 
 def test_a_folder_without_tasks_is_told(tmp_path):
+    with pytest.raises(ValueError, match="name: got 'no_such_set', split 'train'"):
+        load_tasks("tfds:no_such_set,other", train=1, test=1, validation=False)
     with pytest.raises(ValueError, match="data: got json:"):
         load_tasks(f"json:{tmp_path}", train=1, test=1, validation=False)
 

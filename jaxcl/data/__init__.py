@@ -13,7 +13,7 @@ from jaxcl.data.normalisation import Statistics, channel_statistics, normalise
 from jaxcl.data.packs import cifar10, cifar100, cl_text, fsdd, mnist
 from jaxcl.data.sources import Split, digits, flat_features, hold_out, load
 from jaxcl.data.text import text_task, tokenize
-from jaxcl.data.tfds import from_tfds
+from jaxcl.data.tfds import from_tfds, text_task_from_tfds
 
 __all__ = [
     "Split",
@@ -36,6 +36,7 @@ __all__ = [
     "random_crop",
     "random_flip",
     "text_task",
+    "text_task_from_tfds",
     "tiny_imagenet",
     "tokenize",
 ]
