@@ -98,20 +98,35 @@ def bank_of(state: PyTree) -> AdapterState | None:
 
 
 def figures_of(name: str, bank: AdapterState) -> "dict[str, Figure]":
-    """Ranks by site and task, and how near tasks' subspaces come to each other."""
+    """Ranks by site and task, and how near tasks' subspaces come to each other.
+
+    Args:
+        name: of the method.
+        bank: what it keeps, of two tasks or more.
+    """
     active = adapters.budget(bank).active
     ranks = np.stack(list(active.values()))
     sites = [path.removeprefix("params/").removesuffix("/kernel") for path in active]
 
+    directions = {  # by kind and site, [T, N, R]
+        "down": [own.down for own in bank.bank.values()],
+        "up": [jnp.swapaxes(own.up, 1, 2) for own in bank.bank.values()],
+    }
+
     def nearest(which: str) -> np.ndarray:
+        pairs = jax.vmap(jax.vmap(adapters.cosines, (None, 0)), (0, None))
+        return np.mean([np.asarray(pairs(own, own)[..., 0]) for own in directions[which]], axis=0)
+
+    def of_the_last(which: str) -> np.ndarray:
         found = []
-        for own in bank.bank.values():
-            of_tasks = own.down if which == "down" else jnp.swapaxes(own.up, 1, 2)
-            pairs = jax.vmap(jax.vmap(adapters.cosines, (None, 0)), (0, None))(of_tasks, of_tasks)
-            found.append(np.asarray(pairs[..., 0]))
-        return np.mean(found, axis=0)
+        for own in directions[which]:
+            before = jnp.moveaxis(own[:-1], 0, 1).reshape(own.shape[1], -1)
+            found.append(np.asarray(adapters.cosines(own[-1], before)))
+        return np.array([np.arange(1, len(found[0]) + 1), np.mean(found, axis=0)])
 
     return {
+        f"Singular values of what the last task's directions share with earlier ones', mean over sites, {name} "
+        "(first seed)": report.line_plot({which: of_the_last(which) for which in directions}, "number", "cosine"),
         f"Active ranks by site and task, {name} (first seed)": report.heat_map(
             ranks, "active ranks", names=sites, most=max(1, ranks.max())
         ),
@@ -119,5 +134,5 @@ def figures_of(name: str, bank: AdapterState) -> "dict[str, Figure]":
         f"Largest cosine of the angles between tasks' {which} subspaces, mean over sites, {name} (first seed)": (
             report.heat_map(nearest(which), "cosine")
         )
-        for which in ("down", "up")
+        for which in directions
     }

@@ -44,7 +44,7 @@ CARDS = {
 }
 Method = Literal[
     "frozen", "fine_tuning", "lora", "incremental_lora", "adapter", "incremental_adapter", "o_lora", "oa_fixed",
-    "oa_outputs", "oa_down", "oa_inputs", "replay", "ewc", "lwf", "independent", "joint",
+    "oa_free", "oa_outputs", "oa_down", "oa_inputs", "replay", "ewc", "lwf", "independent", "joint",
 ]  # fmt: skip
 NEED_LOGITS = {"replay", "ewc", "lwf", "independent"}
 
@@ -60,7 +60,8 @@ class Config(RunConfig):
     methods: tuple[Method, ...] = get_args(Method)
     """Which methods to run. lora and adapter are one for all tasks, which train it in turn; incremental ones, O-LoRA
     and OA-Adapter have one more with each task; replay, EWC and LwF train a LoRA; independent is a LoRA a task, told
-    which; joint trains a LoRA on all tasks at once."""
+    which; joint trains a LoRA on all tasks at once. OA-Adapter keeps off what earlier tasks have as outputs, down or
+    inputs (the best of these with fixed ranks: oa_fixed), or off nothing (oa_free)."""
     sweep: tuple[str, ...] = ()
     """A grid: settings with values to try, as oa_sparsity=0,0.01. Each point is a run in a folder of its own in --out,
     which then holds compare.html."""
@@ -289,6 +290,7 @@ def _method(config: Config, name: Method, tasks: int) -> Adapter | None:
             attention, config.lora_rank, tasks, alpha=config.lora_alpha, strength=config.o_lora_strength
         ),
         "oa_fixed": lambda: gated(orthogonal_to="inputs", gates="fixed"),
+        "oa_free": lambda: gated(orthogonal_to=None),
         "oa_outputs": lambda: gated(orthogonal_to="outputs"),
         "oa_down": lambda: gated(orthogonal_to="down"),
         "oa_inputs": lambda: gated(orthogonal_to="inputs"),

@@ -29,7 +29,7 @@ def test_what_is_left_has_the_promised_form(smoke):
     assert 0 < found["oa_inputs"]["active_rank"]["mean"] <= 16
     assert "active_rank" not in found["lora"]
     page = (smoke / "report.html").read_text()
-    assert page.count("<svg") == 5 and "Active ranks by site and task, oa_inputs" in page
+    assert page.count("<svg") == 6 and "Active ranks by site and task, oa_inputs" in page
 
 
 @pytest.fixture
