@@ -1,6 +1,6 @@
 """Class-incremental learning: the key-value bottleneck, its baselines and ceilings on one set of streams.
 
-This is the body that `experiments.quickstart` and `experiments.dkvb` give presets to.
+This is the body that `experiments.dkvb` and `experiments.forget_class` give presets to.
 """
 
 import dataclasses

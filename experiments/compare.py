@@ -2,11 +2,11 @@
 
 Name the folders that experiments have left (their --out), two or more. For example, to see what fewer pairs cost:
 
-python -m experiments.quickstart
+python -m experiments.dkvb
 
-python -m experiments.quickstart --pairs 64 --out runs/few
+python -m experiments.dkvb --pairs 64 --out runs/few
 
-python -m experiments.compare runs/quickstart runs/few
+python -m experiments.compare runs/dkvb runs/few
 """
 
 import dataclasses

@@ -24,7 +24,10 @@ from experiments.sweep import run_grid
 
 CARDS = {
     "--preset smoke": Card("15 s", "that it runs: accuracies after two epochs say nothing"),
-    "--preset cpu": Card("19 s", "digits, as experiments.quickstart"),
+    "--preset cpu": Card(
+        "19 s",
+        "digits, ACC %: DKVB 96.9 ± 0.6, naive 19.9 ± 0.3, linear probe 21.2 ± 3.4, joint training 97.2 ± 0.4",
+    ),
     "--preset cpu --data mnist": Card(
         "3 min", "ACC %: DKVB 96.4 ± 0.1, naive 19.8 ± 0.2, linear probe 22.0 ± 3.4, joint training 97.9 ± 0.1"
     ),

@@ -34,7 +34,11 @@ if TYPE_CHECKING:
 
 CARDS = {
     "--preset smoke": Card("1 min", "that it runs"),
-    "--preset cpu": Card("not measured", "permuted digits"),
+    "--preset cpu": Card(
+        "2 min",
+        "permuted digits, ACC % IBM 96.9 ± 0.2 with 16 % of the weights a task, WSN 96.8 ± 0.7 with 20, PackNet 95.5 "
+        "with 64, naive 42.4, EWC 57.0, one network a task 97.7",
+    ),
     "--preset cpu --data mnist": Card(
         "38 min",
         "ACC % IBM 97.5 ± 0.1 with 13 % of the weights a task, WSN 97.1 ± 0.1 with 35, PackNet 95.0, naive 36.6, one "

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from experiments import class_incremental, dkvb, quickstart
+from experiments import class_incremental, dkvb
 from experiments.benchmarks import harness
 from jaxcl import continual
 
@@ -23,15 +23,15 @@ COSTS = {"seconds", "examples_per_second", "peak_memory", "compilations"}
 
 @pytest.fixture(scope="module")
 def smoke(tmp_path_factory):
-    out = tmp_path_factory.mktemp("quickstart")
-    return out, quickstart.main(["--preset", "smoke", "--out", str(out)])
+    out = tmp_path_factory.mktemp("dkvb")
+    return out, dkvb.main(["--preset", "smoke", "--out", str(out)])
 
 
 def test_metrics_have_the_promised_form(smoke):
     out, document = smoke
     written = json.loads((out / "metrics.json").read_text(), parse_constant=pytest.fail)  # strict JSON: no NaN
     assert set(written) == {"experiment", "preset", "config", "results", "costs", "environment", "seconds"}
-    assert (written["experiment"], written["preset"]) == ("quickstart", "smoke")
+    assert (written["experiment"], written["preset"]) == ("dkvb", "smoke")
     assert set(written["environment"]) == {"jax", "python", "devices"}
     assert set(written["results"]) == METHODS
     for method, results in written["results"].items():
@@ -71,7 +71,7 @@ def test_one_compilation_of_training_and_evaluation_whatever_the_seeds(smoke):
 
 
 def test_the_same_settings_give_the_same_numbers(smoke, tmp_path):
-    quickstart.main(["--preset", "smoke", "--out", str(tmp_path)])
+    dkvb.main(["--preset", "smoke", "--out", str(tmp_path)])
     again, before = (json.loads((out / "metrics.json").read_text())["results"] for out in (tmp_path, smoke[0]))
     assert again == before
     for name in ("accuracy.csv", "history.csv"):
@@ -80,34 +80,34 @@ def test_the_same_settings_give_the_same_numbers(smoke, tmp_path):
 
 def test_a_finished_run_is_told_and_not_repeated(smoke, capsys, monkeypatch):
     monkeypatch.setattr(continual, "run_seeds", None)
-    again = quickstart.main(["--preset", "smoke", "--out", str(smoke[0])])
+    again = dkvb.main(["--preset", "smoke", "--out", str(smoke[0])])
     assert again["results"] == json.loads((smoke[0] / "metrics.json").read_text())["results"]
     assert "finished" in (told := capsys.readouterr().out) and "dkvb" in told
 
 
 def test_other_settings_in_the_same_folder_are_refused_by_name(smoke):
     with pytest.raises(ValueError, match=r"out: got .* epochs 2 \(now 3\), pairs 32 \(now 16\); choose another folder"):
-        quickstart.main(["--preset", "smoke", "--out", str(smoke[0]), "--epochs", "3", "--pairs", "16"])
+        dkvb.main(["--preset", "smoke", "--out", str(smoke[0]), "--epochs", "3", "--pairs", "16"])
 
 
 @pytest.mark.parametrize("mesh", ["data", "data=two", "data=2,data=3,4"])
 def test_a_malformed_mesh_is_named(tmp_path, mesh):
     with pytest.raises(ValueError, match=f"mesh: got {mesh}; write it as data=4,model=2"):
-        quickstart.main(["--preset", "smoke", "--out", str(tmp_path), "--mesh", mesh])
+        dkvb.main(["--preset", "smoke", "--out", str(tmp_path), "--mesh", mesh])
 
 
 def test_several_processes_without_a_mesh_are_refused(tmp_path):
     with pytest.raises(ValueError, match="distributed: got True; say with --mesh"):
-        quickstart.main(["--preset", "smoke", "--out", str(tmp_path), "--distributed"])
+        dkvb.main(["--preset", "smoke", "--out", str(tmp_path), "--distributed"])
 
 
 def test_on_a_mesh_seeds_train_in_turn(tmp_path):
     arguments = ["--preset", "smoke", "--limit", "200", "--mesh", "data=8", "--out", str(tmp_path)]
-    assert set(quickstart.main(arguments)["results"]) == METHODS
+    assert set(dkvb.main(arguments)["results"]) == METHODS
 
 
 def test_tensorboard_and_history_are_left(tmp_path):
-    quickstart.main(["--preset", "smoke", "--seeds", "1", "--tensorboard", "--out", str(tmp_path)])
+    dkvb.main(["--preset", "smoke", "--seeds", "1", "--tensorboard", "--out", str(tmp_path)])
     assert {path.name for path in (tmp_path / "tensorboard").iterdir()} == METHODS
     with (tmp_path / "history.csv").open() as file:
         rows = list(csv.DictReader(file))
@@ -153,7 +153,7 @@ def test_help_explains(name):
 
 def test_bad_seeds_are_named():
     with pytest.raises(ValueError, match=r"seeds: got 0; pass 1 or more"):
-        quickstart.main(["--seeds", "0"])
+        dkvb.main(["--seeds", "0"])
 
 
 def test_the_readme_example_runs():
