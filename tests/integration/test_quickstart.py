@@ -57,3 +57,8 @@ def test_a_finished_run_is_told_and_an_interrupted_one_goes_on(smoke, capsys, mo
 def test_one_system_can_be_shown_alone(tmp_path):
     document = quickstart.main(["--preset", "smoke", "--systems", "mean_kl", "--out", str(tmp_path)])
     assert [*document["systems"]] == ["mean_kl"]
+
+
+def test_there_is_no_published_quickstart():
+    with pytest.raises(ValueError, match="preset: got paper; nothing is published for digits"):
+        quickstart.main(["--preset", "paper"])
