@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+import sys
+import types
 from pathlib import Path
 
 import jax
@@ -30,6 +32,22 @@ def compiled(function, **options):
     return jax.jit(
         function, compiler_options={flag: _WITH_CARE[flag] for flag in _WITH_CARE if f"--{flag}=" in flags}, **options
     )
+
+
+def run_notebook(notebook, out, monkeypatch):
+    """The names that a notebook leaves, in smoke form, and the pages that it shows; it installs nothing."""
+    display, shown = types.ModuleType("IPython.display"), []
+    display.HTML = shown.append
+    monkeypatch.setitem(sys.modules, "IPython.display", display)
+    monkeypatch.setenv("JAXCL_PRESET", "smoke")
+    monkeypatch.setenv("JAXCL_OUT", str(out / "runs"))
+    monkeypatch.chdir(out)
+    names = {}
+    for cell in json.loads(notebook.read_text())["cells"]:
+        source = "".join(cell["source"])
+        if cell["cell_type"] == "code" and "%pip" not in source:
+            exec(compile(source, notebook.name, "exec"), names)  # our own file
+    return names, shown
 
 
 def steps_of(wrap):

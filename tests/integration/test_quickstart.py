@@ -2,16 +2,24 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
+from helpers import run_notebook
 
 from experiments import quickstart
+
+NOTEBOOK = Path(__file__).parents[2] / "experiments" / "notebooks" / "quickstart.ipynb"
 
 
 @pytest.fixture(scope="module")
 def smoke(tmp_path_factory):
-    out = tmp_path_factory.mktemp("quickstart")
-    return out, quickstart.main(["--preset", "smoke", "--out", str(out)])
+    """By its notebook."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        names, (page,) = run_notebook(NOTEBOOK, tmp_path_factory.mktemp("notebook"), monkeypatch)
+    out = names["OUT"] / "quickstart"
+    assert page == (out / "report.html").read_text()
+    return out, names["document"]
 
 
 def test_every_system_has_its_rows(smoke):
