@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from test_masks import TASKS, method_of, network, results
 
-from jaxcl import masks
+from jaxcl import masks, trees
 
 pytest.importorskip("constriction")
 
@@ -57,6 +57,49 @@ def test_a_bank_comes_back_to_the_bit_and_answers_the_same(name, tmp_path):
     assert (costs[-1].masks > floats) == (name == "ib_masks, float scales")
     size = (tmp_path / "bank").stat().st_size
     assert sum(cost.masks + cost.own for cost in costs) < size < sum(cost.masks + cost.own for cost in costs) + 600
+
+
+@pytest.mark.parametrize("name", ["ib_masks", "winning_subnetwork", "packnet"])
+def test_a_file_with_weights_holds_all_that_it_takes_to_answer(name, tmp_path):
+    method = method_of(name)
+    masked, state = results(name)[-1][1]
+    without = masks.save_bank(tmp_path / "bank", method.bank(state), TASKS)
+    assert masks.load_bank(tmp_path / "bank").weights is None
+    assert masks.save_bank(tmp_path / "all", method.bank(state), TASKS, weights=masked.weights) == without
+    stored = masks.load_bank(tmp_path / "all")
+    assert_same(stored.bank, method.bank(state))
+    blank = jax.tree.map(jnp.zeros_like, masked.weights)
+    again = masked._replace(weights=trees.replace_leaves(blank, stored.weights))
+    x = jax.random.normal(jax.random.key(0), (100, 7))
+    for task in range(TASKS):
+        one = network(method.select(masked, state, task), x)
+        two = network(method.select(again, state._replace(bank=stored.bank), task), x)
+        np.testing.assert_array_equal(one, two)
+    kept = sum(int((owner != masks.FREE).sum()) for owner in stored.bank.owner.values())
+    beyond = (tmp_path / "all").stat().st_size - (tmp_path / "bank").stat().st_size
+    assert 4 * kept < beyond < 4 * kept + 200
+
+
+def test_weights_of_another_network_are_refused(tmp_path):
+    method = method_of("winning_subnetwork")
+    masked, state = results("winning_subnetwork")[-1][1]
+    other = jax.tree.map(lambda leaf: leaf[..., :1], masked.weights)
+    with pytest.raises(ValueError, match=r"weights: got .*; pass parameters whose leaves with masks are"):
+        masks.save_bank(tmp_path / "bank", method.bank(state), TASKS, weights=other)
+
+
+def test_a_count_of_weights_that_the_masks_belie_is_an_error(tmp_path):
+    bank, kept = random_bank(0.3)
+    masks.save_bank(tmp_path / "bank", bank, 3, weights={name: jnp.ones(shape) for name, shape in SHAPES.items()})
+    content = (tmp_path / "bank").read_bytes()[:-4]
+    first, second = (f'"{name}": ["float32", {kept[name].any(axis=0).sum()}]'.encode() for name in SHAPES)
+    counts = [int(part.split()[-1][:-1]) for part in (first, second)]
+    for part, change in ((first, -1), (second, 1)):  # together as many bytes as before
+        count = counts[0 if part is first else 1]
+        content = content.replace(part, part.replace(str(count).encode(), str(count + change).encode()))
+    (tmp_path / "bank").write_bytes(content + struct.pack("<I", zlib.crc32(content)))
+    with pytest.raises(ValueError, match="it is damaged, or no file of masks"):
+        masks.load_bank(tmp_path / "bank")
 
 
 @pytest.mark.parametrize("density", [0.02, 0.2, 0.5, 0.98])
@@ -137,6 +180,10 @@ def test_damaged_files_are_errors(tmp_path):
         b'{"masks": {"a": [8]}, "own": {}, "scale_bits": null, "coded": [-4]}',
         b'{"masks": {"a": [8]}, "own": {}, "scale_bits": null, "coded": []}',
         b'{"masks": {"a": [8]}, "own": {}, "scale_bits": null, "coded": [3]}',
+        b'{"masks": {"a": [8]}, "own": {}, "scale_bits": null, "coded": [0], "weights": {"b": ["float32", 0]}}',
+        b'{"masks": {"a": [8]}, "own": {}, "scale_bits": null, "coded": [0], "weights": {"a": ["float32", -1]}}',
+        b'{"masks": {"a": [8]}, "own": {}, "scale_bits": null, "coded": [0], "weights": {"a": ["object", 0]}}',
+        b'{"masks": {"a": [8]}, "own": {}, "scale_bits": null, "coded": [0], "weights": [["a"]]}',
     ],
 )  # fmt: skip
 def test_headers_that_lie_are_errors_though_the_sum_is_right(header, tmp_path):

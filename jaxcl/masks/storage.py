@@ -1,11 +1,11 @@
 """A bank of masks as a file: what each task keeps, entropy-coded, and what that costs to the byte.
 
 The file: a magic, the length of a header and the header as JSON (leaves, bits of scales, each task's lengths), then for
-each task its coded masks and scale codes, its levels (or scales, if they are floats) and its own leaves, and at last a
-CRC of all before it. A mask is
-coded weight by weight, given which earlier tasks kept the weight and how much of its row and column this task has kept
-so far; a scale code given those before it. Counts adapt as coding goes on, so nothing but the masks is told. What
-decides a probability is kept in integers, so that every machine decodes the same.
+each task its coded masks and scale codes, its levels (or scales, if they are floats) and its own leaves, then the
+weights that any task keeps, if they are to be there, and at last a CRC of all before it. A mask is coded weight by
+weight, given which earlier tasks kept the weight and how much of its row and column this task has kept so far; a scale
+code given those before it. Counts adapt as coding goes on, so nothing but the masks is told. What decides a probability
+is kept in integers, so that every machine decodes the same.
 """
 
 import heapq
@@ -22,9 +22,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxcl import files
-from jaxcl.masks.contract import FREE, Bank, unpacked_masks
+from jaxcl.masks.contract import FREE, Bank, Named, unpacked_masks
 from jaxcl.masks.scales import FewScales
-from jaxcl.typing import bad_argument, check_between
+from jaxcl.trees import leaves_by_path
+from jaxcl.typing import PyTree, bad_argument, check_between
 
 _MAGIC = b"JAXCLMK1"
 _UNIT = 1 << 16  # what a probability of 1 is in integers
@@ -47,19 +48,19 @@ class TaskCost(NamedTuple):
     own: int  # leaves without a mask
 
 
-def save_bank(path: str | os.PathLike[str], bank: Bank, tasks: int) -> list[TaskCost]:
+def save_bank(path: str | os.PathLike[str], bank: Bank, tasks: int, *, weights: PyTree | None = None) -> list[TaskCost]:
     """Writes what the first tasks keep, whole or not at all; what each of them costs.
-
-    The weights are not in the file: they are the network's, once for all tasks.
 
     Args:
         path: of the file.
         bank: of a mask method's state.
         tasks: how many are committed, 1 to T.
+        weights: the network's parameters: those that these tasks keep go into the file as well, which then holds all
+            that it takes to answer. None leaves them out: they are the network's, once for all tasks.
 
     Raises:
         ImportError: constriction is missing.
-        ValueError: more tasks than the bank has.
+        ValueError: more tasks than the bank has, or weights of another network.
         OSError: the file cannot be written.
     """
     check_between("tasks", tasks, 1, len(next(iter(bank.masks.values()))))
@@ -81,6 +82,14 @@ def save_bank(path: str | os.PathLike[str], bank: Bank, tasks: int) -> list[Task
         "scale_bits": (bits if few else _FLOAT) if bank.scales else None,
         "coded": [length for length, _ in costs],
     }
+    if weights is not None:
+        found = {name: np.asarray(leaf) for name, leaf in leaves_by_path(weights).items() if name in shapes}
+        if {name: leaf.shape for name, leaf in found.items()} != shapes:
+            given = {name: leaf.shape for name, leaf in found.items()}
+            raise bad_argument("weights", given, f"pass parameters whose leaves with masks are {shapes}")
+        kept = {name: found[name].reshape(-1)[mask.any(axis=0)] for name, mask in masks.items()}
+        header["weights"] = {name: [of.dtype.name, of.size] for name, of in kept.items()}
+        bodies += [of.tobytes() for of in kept.values()]
     text = json.dumps(header).encode()
     content = b"".join([_MAGIC, struct.pack("<I", len(text)), text, *bodies])
     files.write_atomic(path, content + struct.pack("<I", zlib.crc32(content)))
@@ -92,6 +101,7 @@ class StoredBank(NamedTuple):
 
     bank: Bank
     tasks: int  # how many are committed
+    weights: Named | None  # by path of a masked leaf, of its shape, 0 where no task keeps a weight; None if left out
 
 
 def load_bank(path: str | os.PathLike[str], *, capacity: int | None = None) -> StoredBank:
@@ -133,6 +143,15 @@ def load_bank(path: str | os.PathLike[str], *, capacity: int | None = None) -> S
         for leaf in plain:
             leaf[task] = np.frombuffer(content, leaf.dtype, leaf[task].size, at).reshape(leaf[task].shape)
             at += leaf[task].nbytes
+    weights: Named = {}
+    for name, (kind, count) in (header.weights or {}).items():
+        kept = masks[name].any(axis=0)
+        if kept.sum() != count:
+            raise fault
+        leaf = np.zeros(kept.size, kind)
+        leaf[kept] = np.frombuffer(content, kind, count, at)
+        at += count * kind.itemsize
+        weights[name] = jnp.asarray(leaf.reshape(header.masks[name]))
     places = np.arange(bits, dtype=np.uint8)[:, None]
     scales: dict[str, Any] = {}
     for name, leaf in floats.items() if header.scale_bits is not None else ():
@@ -145,7 +164,7 @@ def load_bank(path: str | os.PathLike[str], *, capacity: int | None = None) -> S
         {name: jnp.asarray(leaf) for name, leaf in own.items()},
         scales,
     )
-    return StoredBank(bank, tasks)
+    return StoredBank(bank, tasks, None if header.weights is None else weights)
 
 
 def huffman_bits(bank: Bank, tasks: int) -> float:
@@ -176,6 +195,7 @@ class _Header(NamedTuple):
     own: dict[str, tuple[np.dtype[Any], tuple[int, ...]]]  # dtypes and shapes of the others
     scale_bits: int | None  # of a code, or `_FLOAT`; None for no scales
     coded: list[int]  # bytes of each task's masks and scale codes
+    weights: dict[str, tuple[np.dtype[Any], int]] | None  # dtypes, and how many are kept
     end: int  # where the first task begins
 
     @property
@@ -198,11 +218,16 @@ def _read_header(content: bytes) -> _Header:
         raise ValueError(f"{bits} bits")
     floats = sum(math.prod(_floats_of_scales(bits, shape)) for shape in shapes.values())
     leaves = sum(kind.itemsize * math.prod(shape) for kind, shape in own.values())
-    if min(lengths, default=-1) < 0 or end + sum(lengths) + len(lengths) * (4 * floats + leaves) != len(content) - 4:
+    weights = {name: (_dtype(kind), _shape([count])[0]) for name, (kind, count) in header.get("weights", {}).items()}
+    if weights and weights.keys() != shapes.keys():
+        raise ValueError(f"weights of {sorted(weights)}")
+    stored = sum(kind.itemsize * count for kind, count in weights.values())
+    length = end + sum(lengths) + len(lengths) * (4 * floats + leaves) + stored
+    if min(lengths, default=-1) < 0 or length != len(content) - 4:
         raise ValueError(f"{len(content)} bytes")
     if sum(map(math.prod, shapes.values())) * len(lengths) > _WEIGHTS_A_BYTE * len(content):
         raise ValueError(f"{shapes} in {len(content)} bytes")
-    return _Header(shapes, own, bits, lengths, end)
+    return _Header(shapes, own, bits, lengths, weights or None, end)
 
 
 def _shape(sizes: list[int]) -> tuple[int, ...]:
