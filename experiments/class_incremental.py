@@ -69,6 +69,8 @@ class Config(RunConfig):
     key_source: Literal["stream", "noise", "digits", "mnist", "cifar10", "agnews", "dbpedia"] = "stream"
     """Key-value bottleneck: unlabelled examples that fit the keys: those of the stream, of another data set (with the
     same encoder), or noise, the data's pixels or tokens mixed up."""
+    keys: Literal["averages", "simvq"] = "averages"
+    """Key-value bottleneck: keys are moving averages of what chose them, or SimVQ's codes, which move together."""
     key_epochs: int = 10
     """Key-value bottleneck: passes over the key source that fit the keys."""
     key_batch_size: int = 256
@@ -158,7 +160,7 @@ def train_dkvb(
     hidden = {"voting": None, "linear": (), "mlp": (128,)}[config.decoder]
     indexed = train_bottleneck(
         run, layer, config.learning_rate, tasks, init_keys, keys, classes=classes,
-        fitting=KeyFitting(config.key_epochs, config.key_batch_size, share), source=source,
+        fitting=KeyFitting(config.key_epochs, config.key_batch_size, share, config.keys == "simvq"), source=source,
         decoder=None if hidden is None else nets.MLP(hidden, classes), train_decoder=config.train_decoder,
         dual=config.dual, epochs=config.epochs, batch_size=config.batch_size, steps_per_call=64,
     )  # fmt: skip

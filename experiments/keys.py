@@ -28,9 +28,10 @@ _MOST_EPOCHS_A_CALL = 10  # of training in the dual
 class KeyFitting(NamedTuple):
     """How keys come to lie where features do."""
 
-    epochs: int  # passes over the source
+    epochs: int  # passes over the source, or, for keys of SimVQ, iterations
     batch_size: int  # examples in a step
     share: float | None = None  # of the source's variance that a learned projection keeps; None draws one at random
+    simvq: bool = False  # keys are an affine image of codes drawn once, and not moving averages
 
 
 class Indexed(NamedTuple):
@@ -169,6 +170,11 @@ def fit_keys(
         state, done, before = saved[0], int(saved[1]["done"][0]), float(saved[1]["done"][1])
     bar.update(done)
     written = time.perf_counter()
+    if fitting.simvq and not done:
+        state = bottleneck.fit_simvq_keys(epoch_keys[0], layer, state, source, iterations=fitting.epochs)
+        jax.block_until_ready(state)
+        bar.update(fitting.epochs)
+        done = fitting.epochs
     for number in range(done, fitting.epochs):
         state = bottleneck.fit_epoch(epoch_keys[number], layer, values, state, source, batch_size=fitting.batch_size)
         jax.block_until_ready(state)

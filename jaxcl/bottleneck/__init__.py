@@ -1,5 +1,6 @@
 """The discrete key-value bottleneck: its layer, the optimizer of its values, and care for its keys."""
 
+from jaxcl.bottleneck.affine import fit_simvq_keys
 from jaxcl.bottleneck.care import (
     KeyCare,
     KeyHealth,
@@ -40,6 +41,7 @@ __all__ = [
     "discrete_key_value_bottleneck",
     "end_votes",
     "fit_epoch",
+    "fit_simvq_keys",
     "forget_class",
     "learn_projection",
     "pair_numbers",
