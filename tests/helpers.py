@@ -34,8 +34,15 @@ def compiled(function, **options):
     )
 
 
-def run_notebook(notebook, out, monkeypatch):
-    """The names that a notebook leaves, in smoke form, and the pages that it shows; it installs nothing."""
+def code_cells(notebook):
+    """What a notebook runs, but for the installation."""
+    cells = json.loads(notebook.read_text())["cells"]
+    sources = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    return [source for source in sources if "%pip" not in source]
+
+
+def run_notebook(cells, out, monkeypatch):
+    """The names that cells leave, in smoke form, and the pages that they show."""
     display, shown = types.ModuleType("IPython.display"), []
     display.HTML = shown.append
     monkeypatch.setitem(sys.modules, "IPython.display", display)
@@ -43,10 +50,8 @@ def run_notebook(notebook, out, monkeypatch):
     monkeypatch.setenv("JAXCL_OUT", str(out / "runs"))
     monkeypatch.chdir(out)
     names = {}
-    for cell in json.loads(notebook.read_text())["cells"]:
-        source = "".join(cell["source"])
-        if cell["cell_type"] == "code" and "%pip" not in source:
-            exec(compile(source, notebook.name, "exec"), names)  # our own file
+    for cell in cells:
+        exec(compile(cell, "notebook", "exec"), names)  # our own file
     return names, shown
 
 

@@ -9,8 +9,6 @@ from helpers import assert_close, compiled, golden
 from jaxcl import quantize as q
 from jaxcl.trees import pick
 
-pytestmark = pytest.mark.core
-
 KEY = jax.random.key(0)
 
 

@@ -54,8 +54,12 @@ def watch(monkeypatch):
 def no_thread_stays_behind():
     before = set(threading.enumerate())
     yield
-    gc.collect()  # an error holds on to what it went through
-    for thread in set(threading.enumerate()) - before:
+    left = set(threading.enumerate()) - before
+    for thread in left:
+        thread.join(1)
+    if any(thread.is_alive() for thread in left):
+        gc.collect()  # an error holds on to what it went through; takes seconds where many programs are in memory
+    for thread in left:
         thread.join(10)
         assert not thread.is_alive(), thread
 

@@ -29,8 +29,6 @@ from jaxcl.continual import Batch, a_gem, der_plus_plus, er, naive, run, run_see
 from jaxcl.continual.strategies import does_nothing
 from jaxcl.continual.strategies.replay import empty_memory, recall, remember
 
-pytestmark = pytest.mark.core
-
 
 def numbered(start, count, *, weights=None):
     """Examples that say their number in everything that is kept of them."""

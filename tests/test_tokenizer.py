@@ -12,8 +12,6 @@ from helpers import assert_close
 from jaxcl import quantize, tokenizer, trees
 from jaxcl.continual.compilations import count_compilations
 
-pytestmark = pytest.mark.core
-
 B, T, WIDE, D, K = 3, 5, 4, 2, 6
 WEIGHTS = {"commitment_weight": 0.25, "codebook_weight": 0.5}
 

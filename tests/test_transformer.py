@@ -9,8 +9,6 @@ from helpers import assert_close
 from jaxcl.nets.transformer import TokenTransformer
 from jaxcl.trees import parameter_count
 
-pytestmark = pytest.mark.core
-
 
 def small(digits, codebook_size=7):
     """A network, parameters that all count, tokens some of which are hidden, and labels."""

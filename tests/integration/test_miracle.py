@@ -4,11 +4,12 @@ import json
 import re
 import shutil
 
+import jax
 import numpy as np
 import pytest
 
 from experiments import images, miracle
-from jaxcl import coding, data, trees
+from jaxcl import coding, data, nets, trees
 from jaxcl.continual import Examples
 
 SMOKE = ["--preset", "smoke", "--epochs", "2", "--coding-epochs", "1"]
@@ -18,18 +19,30 @@ def written(out):
     return json.loads((out / "metrics.json").read_text(), parse_constant=pytest.fail)
 
 
-def test_images_of_three_channels_are_cropped_and_go_through_vgg16(tmp_path, monkeypatch):
+def test_images_of_three_channels_are_cropped_and_coded(tmp_path, monkeypatch):
     rng = np.random.default_rng(0)
     parts = [Examples(rng.integers(0, 256, (n, 32, 32, 3), np.uint8), np.arange(n) % 10) for n in (32, 20)]
     monkeypatch.setattr(images.data, "load", lambda name: data.Split(*parts))
-    values = [f"params/Conv_{layer}/kernel=50" for layer in range(4, 13)]
     document = miracle.main([
-        "--data", "cifar10", "--vgg-width", "1", "--rows", "mean_kl:300", "--bits", "6", "--epochs", "1",
-        "--coding-epochs", "1", "--rounds", "2", "--batch-size", "16", "--values", *values, "--out", str(tmp_path),
+        "--data", "cifar10", "--network", "mlp", "--hidden", "4", "--rows", "mean_kl:300", "--bits", "6", "--epochs",
+        "1", "--coding-epochs", "1", "--rounds", "2", "--batch-size", "16", "--values", "params/Dense_0/kernel=90",
+        "--out", str(tmp_path),
     ])  # fmt: skip
     assert document["results"]["mean_kl:300"]["bytes"]["mean"] <= 300
     leaves = trees.leaves_by_path(coding.decode(coding.load(tmp_path / "files" / "mean_kl-300-0.jcl")))
-    assert leaves["params/Conv_12/kernel"].shape == (3, 3, 8, 8)
+    assert leaves["params/Dense_0/kernel"].shape == (3072, 4)
+
+
+@pytest.mark.parametrize(("name", "weights"), [("cpu", 923_130), ("paper", 14_724_042)])
+def test_vgg16_is_laid_out_within_its_bytes(name, weights):
+    config = miracle.preset(name, "cifar10")
+    shapes = jax.eval_shape(
+        nets.VGG16(10, config.vgg_width).init, jax.random.key(0), jax.ShapeDtypeStruct((1, 32, 32, 3), "float32")
+    )
+    for row in config.rows:
+        layout = miracle._layout(config, shapes, row, 0)
+        assert layout.weights == weights and sum(leaf.values for leaf in layout.leaves) < weights / 2
+        assert layout.blocks * miracle._index_bits(config) < 8 * int(row.partition(":")[2])
 
 
 @pytest.fixture(scope="module")

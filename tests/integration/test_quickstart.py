@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
-from helpers import run_notebook
+from helpers import code_cells, run_notebook
 
 from experiments import quickstart
 
@@ -16,7 +16,7 @@ NOTEBOOK = Path(__file__).parents[2] / "experiments" / "notebooks" / "quickstart
 def smoke(tmp_path_factory):
     """By its notebook."""
     with pytest.MonkeyPatch.context() as monkeypatch:
-        names, (page,) = run_notebook(NOTEBOOK, tmp_path_factory.mktemp("notebook"), monkeypatch)
+        names, (page,) = run_notebook(code_cells(NOTEBOOK), tmp_path_factory.mktemp("notebook"), monkeypatch)
     out = names["OUT"] / "quickstart"
     assert page == (out / "report.html").read_text()
     return out, names["document"]

@@ -35,8 +35,8 @@ def run(*arguments):
 @needs_libtpu
 def test_the_loops_programs_compile_for_a_tpu_and_share_the_work(tmp_path):
     steps = [
-        "mlp_naive_train", "mlp_ewc_train", "mlp_ewc_observe", "resnet18_naive_train", "resnet18_ewc_train",
-        "alexnet_ibm_train", "lenet5_mean_kl_train", "lenet5_encode_20_bits",
+        "mlp_naive_train", "mlp_ewc_train", "mlp_ewc_observe", "resnet18_naive_train", "alexnet_ibm_train",
+        "lenet5_mean_kl_train", "lenet5_encode_20_bits",
     ]  # fmt: skip
     done = run("--topologies", "v5e:2x4", "--steps", *steps, "--effort", "-1", "--out", str(tmp_path))
     assert done.returncode == 0, done.stderr
@@ -56,11 +56,10 @@ def test_the_loops_programs_compile_for_a_tpu_and_share_the_work(tmp_path):
         assert name in done.stdout
     for name in ("mlp_naive_train", "mlp_ewc_train"):
         assert entries[name]["flops"] == pytest.approx(MLP_FLOPS / DEVICES, rel=0.05)
-    for name in ("resnet18_naive_train", "resnet18_ewc_train"):
-        # The compiler leaves out products with the zeros around an image.
-        assert entries[name]["flops"] == pytest.approx(RESNET18_FLOPS / DEVICES, rel=0.2)
-    for network in ("mlp", "resnet18"):  # an anchor and an importance a parameter
-        assert entries[f"{network}_ewc_train"]["memory_bytes"] > entries[f"{network}_naive_train"]["memory_bytes"]
+    # The compiler leaves out products with the zeros around an image.
+    assert entries["resnet18_naive_train"]["flops"] == pytest.approx(RESNET18_FLOPS / DEVICES, rel=0.2)
+    # An anchor and an importance a parameter.
+    assert entries["mlp_ewc_train"]["memory_bytes"] > entries["mlp_naive_train"]["memory_bytes"]
     assert entries["lenet5_encode_20_bits"]["temporary_bytes"] < 8 * 2**20  # of 2^20 candidates of each of 111 blocks
     loops = {name: entry["loops"] for name, entry in entries.items()}
     assert loops["mlp_naive_train"] == 0 < loops["mlp_ewc_observe"]
