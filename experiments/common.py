@@ -101,15 +101,19 @@ def claim_folder(config: BaseConfig, *, writes: bool = True) -> dict[str, Any]:
             report.write_json(path, settings)
         return settings
     before = report.read_json(path)
-    names = sorted((set(before) | set(settings)) - _ELSEWHERE)
-    other = [name for name in names if before.get(name) != settings.get(name)]
-    if other:
+    if other := different_settings(before, settings):
         differences = ", ".join(f"{name} {before.get(name)} (now {settings.get(name)})" for name in other)
         raise bad_argument(
             "out", f"{config.out}, which holds a run with {differences}",
             "choose another folder, or give that run's settings to go on with it",
         )  # fmt: skip
     return settings
+
+
+def different_settings(before: Mapping[str, Any], settings: Mapping[str, Any]) -> list[str]:
+    """Names of settings that make another run, of two as plain data."""
+    names = sorted((set(before) | set(settings)) - _ELSEWHERE)
+    return [name for name in names if before.get(name) != settings.get(name)]
 
 
 def finished_before(out: Path, *, tell: Callable[[str], None] = print) -> dict[str, Any] | None:

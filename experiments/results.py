@@ -1,0 +1,135 @@
+"""The README's table of results beside the papers' figures, from runs that are kept in `experiments/published`.
+
+A run is kept as its metrics.json, under a name that CLAIMS below goes by; the table is then written anew between the
+README's two marks. A test says that both agree, and that each run's settings are those of the command beside it.
+
+python -m experiments.results --keep mean_kl_1600=runs/miracle
+"""
+
+import dataclasses
+import importlib
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import tyro
+
+from experiments.card import Card
+from experiments.common import parse_command
+from jaxcl import files, report
+from jaxcl.typing import bad_argument
+
+CARDS = {"": Card("seconds", "the README's table of results, written anew")}
+PUBLISHED = Path(__file__).parent / "published"
+MARKS = ("<!-- results: begin -->\n", "<!-- results: end -->\n")
+
+
+class Claim(NamedTuple):
+    """A figure of a paper, and where ours is."""
+
+    system: str
+    what: str  # is measured, and in which setting
+    paper: str  # its figure, and its setting where that differs
+    run: str  # in `PUBLISHED`
+    command: str  # that makes the run
+    method: str
+    metric: str
+    note: str = ""  # where ours falls short: why
+
+    def shown(self) -> list[str]:
+        """The row's cells."""
+        document = read_run(self.run)
+        of_method = document["results"][self.method]
+        device, of_jax = document["environment"]["devices"][0], document["environment"]["jax"]
+        seeds, minutes = len(of_method[self.metric]["values"]), document["seconds"] / 60
+        return [
+            self.system, self.what, self.paper, _percent(of_method[self.metric]) + self.note, str(seeds),
+            f"{device}, JAX {of_jax}", f"{minutes:.0f}", f"`python -m {self.command}`",
+        ]  # fmt: skip
+
+
+CLAIMS = (
+    Claim(
+        "MIRACLE with Mean-KL", "test error % of LeNet-5 on MNIST in 1.6 kB at most", "0.96 at 1.5 kB (MIRACLE)",
+        "mean_kl_1600", "experiments.miracle --data mnist --rows mean_kl:1600", "mean_kl:1600", "error",
+        " (24 epochs; the published training is far longer)",
+    ),
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """What to do."""
+
+    keep: tuple[str, ...] = ()
+    """NAME=FOLDER of finished runs, to be kept as published/NAME.json."""
+    readme: Path = Path("README.md")
+    """The file with the marks."""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Keeps runs, and writes the table."""
+    config = tyro.cli(Config, args=argv, description=__doc__)
+    for pair in config.keep:
+        name, equals, folder = pair.partition("=")
+        if not equals or name not in {claim.run for claim in CLAIMS}:
+            known = sorted({claim.run for claim in CLAIMS})
+            raise bad_argument("keep", pair, f"write it as NAME=FOLDER, with a NAME of {known}")
+        keep_run(name, Path(folder))
+    files.write_atomic(config.readme, with_table(config.readme.read_text()))
+    print(f"Wrote the table of {len(CLAIMS)} rows into {config.readme}.")
+
+
+def keep_run(name: str, folder: Path) -> None:
+    """Keeps what a finished run in `folder` came to.
+
+    Raises:
+        ValueError: it is not finished.
+    """
+    path = folder / "metrics.json"
+    if not path.exists():
+        raise bad_argument("keep", f"{name}={folder} without metrics.json", "let the run finish, which writes it")
+    document = report.read_json(path)
+    document["config"]["out"] = f"runs/{name}"  # wherever it was
+    report.write_json(PUBLISHED / f"{name}.json", document)
+
+
+def read_run(name: str) -> dict[str, Any]:
+    """What the run came to that is kept under a name."""
+    document: dict[str, Any] = report.read_json(PUBLISHED / f"{name}.json")
+    return document
+
+
+def with_table(text: str) -> str:
+    """The text with the table between its marks.
+
+    Raises:
+        ValueError: it has not both marks, once each.
+    """
+    begin, end = MARKS
+    if text.count(begin) != 1 or text.count(end) != 1:
+        raise bad_argument("readme", "one without the marks", f"put {begin.strip()} and {end.strip()} into it")
+    before, _, rest = text.partition(begin)
+    after = rest.partition(end)[2]
+    headings = ["system", "what", "paper", "ours", "seeds", "device", "minutes", "command"]
+    rows = [headings, ["---"] * len(headings), *(claim.shown() for claim in CLAIMS)]
+    lines = "".join(f"| {' | '.join(cells)} |\n" for cells in rows)
+    return f"{before}{begin}\n{lines}\n{end}{after}"
+
+
+def settings_of(command: str) -> Any:
+    """The configuration that a command of an experiment asks for."""
+    name, *arguments = shlex.split(command)
+    module = importlib.import_module(name)
+    data = arguments[arguments.index("--data") + 1] if "--data" in arguments else module.preset("cpu", "digits").data
+    return parse_command(module.preset, data=(data.partition(":")[0],), argv=arguments, description="")
+
+
+def _percent(metric: dict[str, Any]) -> str:
+    mean, half = metric["mean"], metric["ci95"]
+    return f"{100 * mean:.2f}" + (f" ± {100 * half:.2f}" if half is not None else "")
+
+
+if __name__ == "__main__":
+    main()
