@@ -212,6 +212,32 @@ def test_a_new_task_is_orthogonal_to_earlier_inputs():
     assert np.abs(out(trained, X) - out(adapter, X)).max() > 0.01
 
 
+def test_inputs_in_all_directions_leave_half_to_learn_in():
+    method = adapters.oa_adapter(lambda path: True, 3, 2, orthogonal_to="inputs", protected=64)
+    params = {"kernel": jnp.eye(7)}
+    adapter, state = method.init(jax.random.key(0), params)
+    state = method.measure(state, {"kernel": adapters.second_moments(jax.random.normal(jax.random.key(1), (50, 7)))})
+    adapter, state = method.commit(jax.random.key(2), adapter, state)
+    assert np.linalg.matrix_rank(of_tasks(state).protected["kernel"].basis) == 4
+    assert np.linalg.norm(method.changes(adapter, state)["kernel"].down, axis=0).min() > 0.1
+
+
+@pytest.mark.parametrize("strength", [None, 1.0])
+def test_where_nothing_is_left_to_learn_in_gradients_are_finite(strength):
+    method = adapters.oa_adapter(lambda path: True, 2, 3, orthogonal_to="down", gates="fixed", strength=strength)
+    adapter, state = method.init(jax.random.key(0), {"kernel": jnp.eye(2)})
+    adapter, state = method.commit(jax.random.key(1), adapter, state)
+    adapter = {"kernel": adapter["kernel"]._replace(up=jnp.ones((2, 2)))}
+
+    def loss(adapter):
+        return method.penalty(adapter, state)[0] + jnp.sum(method.changes(adapter, state)["kernel"].down ** 2)
+
+    for scale in (1.0, 1e-15, 0.0):
+        shrunk = jax.tree.map(lambda leaf: scale * leaf, adapter)  # noqa: B023
+        for leaf in jax.tree.leaves(jax.grad(loss)(shrunk)):
+            assert np.isfinite(leaf).all()
+
+
 @pytest.mark.parametrize("width", [384, 1024])
 def test_one_strength_serves_all_widths(width):
     """A loss that wants the new directions where the old ones are, and a penalty of strength 1 that keeps them off."""

@@ -68,7 +68,8 @@ def oa_adapter(
         strength: of the penalty, the mean over sites of the share of the squared length of `up` or `down` that lies in
             the protected subspace; it is from 0 to 1 at any width, where the paper's is a sum. None takes that part
             off instead, so that the overlap is 0.
-        protected: directions of the protected subspace at most.
+        protected: directions of the protected subspace at most. Inputs may go in all directions there are: of these
+            at most half are protected, so that some are left to learn in.
         gates: "fixed" has all ranks active with gates of 1.
         threshold: tau at first; gates begin as normal variables with the mean 2 tau and the standard deviation tau.
         sparsity: weight of the mean of |soft(g, tau)| in the loss. The paper has no such term; without one tau has no
@@ -98,7 +99,11 @@ def oa_adapter(
 
     def init(key: Key, params: PyTree) -> tuple[dict[str, Gated], OrthogonalState]:
         sites = sites_of(params, covers, "sequential")
-        kept = {path: nothing_protected(site.inputs, protected) for path, site in sites.items()}
+        share = 2 if orthogonal_to == "inputs" else 1
+        kept = {
+            path: nothing_protected(site.inputs, min(protected, -(-site.inputs // share)))
+            for path, site in sites.items()
+        }
         of_tasks = begin_state(sites, rank, tasks, kept if orthogonal_to else {})
         adapter = fresh(key, sites)
         measured = {path: jnp.zeros((site.inputs, site.inputs)) for path, site in sites.items()}
@@ -138,6 +143,8 @@ def oa_adapter(
             for path, kept in state.of_tasks.protected.items()
         )
         gated = sum(jnp.abs(own.gate).mean() for own in now.values())
+        if strength is None:  # told, but nothing to descend
+            inside = jax.lax.stop_gradient(inside)
         metrics = {
             "active rank": sum(jnp.sum(own.gate != 0) for own in now.values()) / sites,
             "overlap": jnp.asarray(inside / sites, jnp.float32),

@@ -8,6 +8,7 @@ from jaxcl.adapters.contract import product
 from jaxcl.typing import Array, check_rank
 
 _NEGLIGIBLE = 1e-6  # of the largest eigenvalue: below it a direction is rounding
+_NOTHING = 1e-24  # a squared length: a quotient by less has no gradient that float32 holds
 
 
 class Protected(NamedTuple):
@@ -43,11 +44,12 @@ def kept_off(basis: Array, columns: Array) -> Array:
 def overlap(basis: Array, columns: Array) -> Array:
     """The share of the squared length of columns [N, R] in the span of an orthonormal basis [N, M], [], from 0 to 1.
 
-    Whatever the width and the scale of the columns; 0 where they are 0.
+    Whatever the width and the scale of the columns; 0, and without a gradient, where they are all but 0.
     """
-    inside = jnp.square(product(basis.T, columns)).sum()
     whole = jnp.square(columns).sum()
-    return inside / jnp.where(whole > 0, whole, 1)
+    some = whole > _NOTHING
+    inside = jnp.square(product(basis.T, jnp.where(some, columns, 0))).sum()
+    return inside / jnp.where(some, whole, 1)
 
 
 def cosines(first: Array, second: Array) -> Array:
