@@ -91,7 +91,7 @@ def page_of(runs: Sequence[Run]) -> str:
     results, costs = results_of(runs, "results"), results_of(runs, "costs")
     figures = {
         "ACC; whiskers are 95 % intervals over seeds": report.accuracy_bars(results),
-        "ACC against what a seed took, compilation included": report.accuracy_against_seconds(results, costs),
+        "ACC against what a seed took, compilation included": report.accuracy_against(results, costs),
     }
     notes = []
     tasks = {run.name: next(iter(run.accuracy.values())).shape[2] for run in runs}

@@ -51,6 +51,7 @@ def train_bottleneck(
     init_keys: Sequence[Key],
     keys: Key,
     *,
+    name: str = "dkvb",
     classes: int,
     fitting: KeyFitting,
     source: ArrayLike | None = None,
@@ -64,12 +65,13 @@ def train_bottleneck(
     """Fits the keys without labels, then trains the values of each seed; returns what was trained on.
 
     Args:
-        run: keeps the results as "dkvb".
+        run: keeps the results.
         layer: the bottleneck.
         learning_rate: of gradient descent on the values; the global norm is clipped to 1.
         tasks: one stream a seed, of features [N, D] or feature maps [N, P, D].
         init_keys: one a seed; consumed.
         keys: [S], one a seed, for training; consumed.
+        name: under which results and checkpoints are kept.
         classes: K, which values may be wider than.
         fitting: of the keys.
         source: unlabelled features [N, D] that keys are fitted to; None takes those of the first seed's stream.
@@ -86,7 +88,7 @@ def train_bottleneck(
     if dual and decoder:
         raise bad_argument("dual", dual, "a decoder is trained without it: leave one of the two out")
     shown = jnp.asarray(tasks[0].train.inputs if source is None else source)
-    indexed = _fit_and_look_up(run, layer, fitting, shown.reshape(-1, shown.shape[-1]), tasks, init_keys)
+    indexed = _fit_and_look_up(run, name, layer, fitting, shown.reshape(-1, shown.shape[-1]), tasks, init_keys)
     params, stages = [seed.params for seed in indexed], [seed.stage for seed in indexed]
     if decoder:
         params = [
@@ -98,8 +100,8 @@ def train_bottleneck(
         steps: dict[str, Any] = {
             "classes": classes, "learning_rate": learning_rate, "epochs": epochs, "batch_size": batch_size,
         }  # fmt: skip
-        run.keep("dkvb", [
-            _train_in_dual(run, layer, start, stream, key, seed, **steps)
+        run.keep(name, [
+            _train_in_dual(run, name, layer, start, stream, key, seed, **steps)
             for seed, (start, stream, key) in enumerate(zip(params, looked_up, keys, strict=True))
         ], stages)  # fmt: skip
         return indexed
@@ -108,7 +110,7 @@ def train_bottleneck(
         layer, classes=classes, decoder=decoder.apply if decoder else None, train_decoder=train_decoder
     )
     run.train(
-        "dkvb", strategy, tx, params, looked_up, keys, epochs=epochs, batch_size=batch_size,
+        name, strategy, tx, params, looked_up, keys, epochs=epochs, batch_size=batch_size,
         steps_per_call=steps_per_call, stages=stages,
     )  # fmt: skip
     return indexed
@@ -187,6 +189,7 @@ def fit_keys(
 
 def _fit_and_look_up(
     run: Run,
+    name: str,
     layer: Bottleneck,
     fitting: KeyFitting,
     source: Array,
@@ -195,9 +198,9 @@ def _fit_and_look_up(
 ) -> list[Indexed]:
     lookup = jax.jit(layer.lookup)
     indexed = []
-    with run.bar("dkvb keys", len(tasks) * (fitting.epochs + 1), "epoch") as bar:
+    with run.bar(f"{name} keys", len(tasks) * (fitting.epochs + 1), "epoch") as bar:
         for seed, (key, stream) in enumerate(zip(keys, tasks, strict=True)):
-            values, state, seconds = fit_keys(run, "dkvb", layer, fitting, source, key, seed, bar)
+            values, state, seconds = fit_keys(run, name, layer, fitting, source, key, seed, bar)
             # Keys never move again, so what each example fetches is known for good: train on that.
             began = time.perf_counter()
             looked_up = streams.map_inputs(stream, lambda x: lookup(values, state, x).astype(jnp.uint16))  # noqa: B023
@@ -219,6 +222,7 @@ def _with_decoder(key: Key, decoder: nets.MLP, layer: Bottleneck, params: PyTree
 
 def _train_in_dual(
     run: Run,
+    name: str,
     layer: Bottleneck,
     params: PyTree,
     stream: Stream,
@@ -231,7 +235,7 @@ def _train_in_dual(
     batch_size: int,
 ) -> Result:
     """What `continual.run` leaves, of one seed whose values are trained in the dual; goes on where it was stopped."""
-    path = run.checkpoints("dkvb") / f"values_{seed}.npz"
+    path = run.checkpoints(name) / f"values_{seed}.npz"
     bits = np.ravel(jax.random.key_data(key)).tolist()
     began, stages = time.perf_counter(), len(stream.train_sets)
     answers = jax.jit(
@@ -262,7 +266,7 @@ def _train_in_dual(
     written = time.perf_counter()
     with (
         count_compilations(("coincidences", "train_votes", "end_votes")) as compilations,
-        run.bar("dkvb", stages * epochs, "epoch") as bar,
+        run.bar(name, stages * epochs, "epoch") as bar,
     ):
         bar.update(int(progress["stage"]) * epochs + int(progress["epoch"]))
         for stage in range(int(progress["stage"]), stages):

@@ -43,7 +43,7 @@ def test_bars_have_one_length_beside_names_of_any_length(name):
 
 
 def test_points_are_acc_against_seconds(results, costs):
-    figure = report.accuracy_against_seconds(results, costs)
+    figure = report.accuracy_against(results, costs)
     (axes,) = figure.axes
     points = [(*line.get_data(), line.get_color(), line.get_marker()) for line in (c[0] for c in axes.containers)]
     assert [(x[0], y[0]) for x, y, _, _ in points] == [(1.5, 0.2), (30.0, pytest.approx(0.91)), (300.0, 0.97)]
@@ -60,16 +60,16 @@ def test_points_are_acc_against_seconds(results, costs):
 
 def test_points_need_a_cost_and_the_axis_has_numbers_for_one(results, costs):
     free = {"naive": {"seconds": summarise([3.0])}, "dkvb $x$": {}, "_joint": {"seconds": summarise([0.0])}}
-    figure = report.accuracy_against_seconds(results, free)
+    figure = report.accuracy_against(results, free)
     (axes,) = figure.axes
     assert [text.get_text() for text in axes.texts] == ["naive"]
     assert axes.get_xlim() == (1.0, 10.0)
     svg = report.to_svg(figure, "one")
     assert all(f">{number}</text>" in svg for number in (1, 2, 5, 10))
-    assert not report.accuracy_against_seconds(results, {}).axes[0].texts
+    assert not report.accuracy_against(results, {}).axes[0].texts
 
 
 def test_figures_want_a_method():
-    for draw in (lambda: report.accuracy_bars({}), lambda: report.accuracy_against_seconds({}, {})):
+    for draw in (lambda: report.accuracy_bars({}), lambda: report.accuracy_against({}, {})):
         with pytest.raises(ValueError, match="results: got no method; pass at least one"):
             draw()

@@ -16,7 +16,7 @@ from jaxcl.report.page import (
     results_section,
 )
 from jaxcl.report.plots import (
-    accuracy_against_seconds,
+    accuracy_against,
     accuracy_bars,
     accuracy_matrices,
     accuracy_over_tasks,
@@ -30,7 +30,7 @@ from jaxcl.report.tokens import image_rows
 
 __all__ = [
     "TensorBoard",
-    "accuracy_against_seconds",
+    "accuracy_against",
     "accuracy_bars",
     "accuracy_matrices",
     "accuracy_over_tasks",

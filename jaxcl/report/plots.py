@@ -164,32 +164,36 @@ def accuracy_bars(results: Results) -> "Figure":
     return figure
 
 
-def accuracy_against_seconds(results: Results, costs: Results) -> "Figure":
-    """A point a method: ACC, with its 95 % interval over seeds, against the mean seconds a seed, on a log scale.
+def accuracy_against(
+    results: Results, costs: Results, cost: str = "seconds", label: str = "seconds a seed"
+) -> "Figure":
+    """A point a method: ACC, with its 95 % interval over seeds, against the mean of a cost, on a log scale.
 
     Each is named on the right, at the height of its point or near it. A method of which either is undefined, or that
-    took no time, is left out.
+    cost nothing, is left out.
 
     Args:
         results: as for `jaxcl.report.results_rows`.
         costs: as for `jaxcl.report.results_rows`.
+        cost: which of them.
+        label: what it is, with its unit.
 
     Raises:
         ValueError: there is no method.
         ImportError: matplotlib is missing.
     """
     means, reach = _accuracies(results)
-    seconds, _ = _statistics({method: costs.get(method, {}) for method in results}, "seconds")
-    shown = np.flatnonzero(np.isfinite(means) & np.isfinite(seconds) & (seconds > 0))
+    spent, _ = _statistics({method: costs.get(method, {}) for method in results}, cost)
+    shown = np.flatnonzero(np.isfinite(means) & np.isfinite(spent) & (spent > 0))
     figure, axes, gap = _with_names_on_the_right(len(results))
     axes.set_xscale("log", subs=(2, 5))
-    axes.set_xlabel("seconds a seed")
+    axes.set_xlabel(label)
     axes.set_ylabel("ACC, mean accuracy on all tasks at the end")
     axes.xaxis.set_major_formatter(_plain_number)
     axes.xaxis.set_minor_formatter(_plain_number)
     axes.grid(color="#e6e6e6")
     if len(shown):  # whole decades, so that there are numbers on the axis however alike the costs are
-        low, high = np.floor(np.log10([seconds[shown].min(), seconds[shown].max()]))
+        low, high = np.floor(np.log10([spent[shown].min(), spent[shown].max()]))
         axes.set_xlim(10.0**low, 10.0 ** (high + 1))
         heights = _spread(list(means[shown]), gap)
     for place, number in enumerate(shown):
@@ -197,7 +201,7 @@ def accuracy_against_seconds(results: Results, costs: Results) -> "Figure":
             "color": COLOURS[number % len(COLOURS)], "marker": MARKERS[number % len(MARKERS)], "markersize": 7,
             "clip_on": False,
         }  # fmt: skip
-        axes.errorbar(seconds[number], means[number], yerr=reach[:, [number]], capsize=3, **look)
+        axes.errorbar(spent[number], means[number], yerr=reach[:, [number]], capsize=3, **look)
         axes.plot(1.04, heights[place], transform=axes.transAxes, **look)
         axes.text(
             1.06, heights[place], list(results)[number], transform=axes.transAxes, va="center", color=INK,
