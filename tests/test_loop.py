@@ -605,6 +605,17 @@ def test_what_one_seed_raises_ends_the_others(monkeypatch):
     assert told.count(1) == 1 and told.count(0) < 3 * 5000
 
 
+@pytest.mark.parametrize("together", [False, True])
+def test_a_loss_that_is_not_finite_ends_the_run_and_says_where(together, monkeypatch):
+    monkeypatch.setattr(loop, "_cores", lambda: 1)
+    keys, params, several = seeds_and_streams(True)
+    params = [*params[:1], jax.tree.map(lambda leaf: leaf * np.nan, params[1])]
+    with pytest.raises(FloatingPointError, match="loss: got nan in epoch 1 of task 1, seed 1; lower the learning rate"):
+        run_seeds(
+            keys[:2], linear_probe(), optax.sgd(0.1), params, several[:2], epochs=2, batch_size=4, together=together
+        )
+
+
 def test_seeds_on_threads_end_tasks_one_at_a_time(monkeypatch):
     """Where each might factorise a matrix: two at once on two threads have been seen to wait for ever."""
     monkeypatch.setattr(loop, "_cores", lambda: 2)

@@ -246,6 +246,12 @@ class Course:
         """The record with an epoch's means in it."""
         trained = [len(stream.train_sets[stage].rows) for stream in self._seeds.streams]
         means = {name: (np.atleast_1d(total) / trained).tolist() for name, total in state.totals.items()}
+        for seed, loss in enumerate(means.get("loss", [])):
+            if not np.isfinite(loss):
+                raise FloatingPointError(
+                    f"loss: got {loss} in epoch {epoch + 1} of task {stage + 1}, seed {self._seeds.first + seed}; "
+                    "lower the learning rate, or look for inputs that are not finite"
+                )
         return record._replace(
             history=[*record.history, (stage, epoch, means)],
             examples=[before + new for before, new in zip(record.examples, trained, strict=True)],

@@ -78,6 +78,7 @@ def run(
     Raises:
         ValueError: a size below 1, a stage or task without examples, a batch that the mesh does not divide, or a
             checkpoint of another run.
+        FloatingPointError: the mean of the metric "loss" over an epoch is not finite.
         OSError: a checkpoint cannot be written or read.
     """
     return run_seeds(
@@ -137,6 +138,7 @@ def run_seeds(
 
     Raises:
         ValueError: as in `run`; lengths of `keys`, `params` and `streams` that differ; streams that are not alike.
+        FloatingPointError: as in `run`.
         OSError: as in `run`.
     """
     check_at_least("epochs", epochs, 1)
