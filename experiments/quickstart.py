@@ -25,8 +25,13 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 CARDS = {
-    "--preset smoke": Card("not measured", "that it runs: accuracies after so few epochs say nothing"),
-    "--preset cpu": Card("not measured", "not measured"),
+    "--preset smoke": Card(
+        "2 min, with other work beside it", "that it runs: accuracies after so few epochs say nothing"
+    ),
+    "--preset cpu": Card(
+        "3 min",
+        "accuracy % DKVB 97.3 (naive 20.0), IBM 99.0 in 18 kB, Mean-KL 96.3 in 369 bytes; SimVQ uses 73 % of codes, VQ 4",
+    ),
     "--preset paper": Card("refused", "nothing is published for digits"),
 }
 System = Literal["dkvb", "ibm", "simvq", "mean_kl", "oa_adapter"]
