@@ -102,7 +102,7 @@ def figures_of(name: str, bank: AdapterState) -> "dict[str, Figure]":
 
     Args:
         name: of the method.
-        bank: what it keeps, of two tasks or more.
+        bank: what it keeps.
     """
     active = adapters.budget(bank).active
     ranks = np.stack(list(active.values()))
@@ -124,15 +124,23 @@ def figures_of(name: str, bank: AdapterState) -> "dict[str, Figure]":
             found.append(np.asarray(adapters.cosines(own[-1], before)))
         return np.array([np.arange(1, len(found[0]) + 1), np.mean(found, axis=0)])
 
-    return {
-        f"Singular values of what the last task's directions share with earlier ones', mean over sites, {name} "
-        "(first seed)": report.line_plot({which: of_the_last(which) for which in directions}, "number", "cosine"),
-        f"Active ranks by site and task, {name} (first seed)": report.heat_map(
-            ranks, "active ranks", names=sites, most=max(1, ranks.max())
-        ),
-    } | {
-        f"Largest cosine of the angles between tasks' {which} subspaces, mean over sites, {name} (first seed)": (
-            report.heat_map(nearest(which), "cosine")
-        )
-        for which in directions
-    }
+    shared = {}
+    if ranks.shape[1] > 1:
+        shared[
+            f"Singular values of what the last task's directions share with earlier ones', mean over sites, {name} "
+            "(first seed)"
+        ] = report.line_plot({which: of_the_last(which) for which in directions}, "number", "cosine")
+    return (
+        shared
+        | {
+            f"Active ranks by site and task, {name} (first seed)": report.heat_map(
+                ranks, "active ranks", names=sites, most=max(1, ranks.max())
+            ),
+        }
+        | {
+            f"Largest cosine of the angles between tasks' {which} subspaces, mean over sites, {name} (first seed)": (
+                report.heat_map(nearest(which), "cosine")
+            )
+            for which in directions
+        }
+    )

@@ -2,10 +2,13 @@
 
 import json
 
+import jax
+import jax.numpy as jnp
 import pytest
 from helpers import golden_folder
 
-from experiments import oa_adapter
+from experiments import adapter_findings, oa_adapter
+from jaxcl import adapters
 
 SMOKE = ["--preset", "smoke", "--methods", "lora", "oa_inputs"]
 
@@ -78,3 +81,14 @@ def test_a_t5_answers_in_words(words, tmp_path):
 def test_bad_settings_are_told(tmp_path, arguments, message):
     with pytest.raises(ValueError, match=message):
         oa_adapter.main(["--preset", "smoke", "--methods", "oa_inputs", *arguments, "--out", str(tmp_path)])
+
+
+@pytest.mark.parametrize("tasks", [1, 2])
+def test_one_task_alone_has_its_figures_too(tasks):
+    method = adapters.incremental_lora(lambda path: True, 2, tasks)
+    adapter, state = method.init(jax.random.key(0), {"kernel": jnp.eye(4)})
+    for task in range(tasks):
+        adapter = jax.tree.map(lambda leaf: leaf + 0.1, adapter)
+        adapter, state = method.commit(jax.random.key(task), adapter, state)
+    captions = adapter_findings.figures_of("lora", state)
+    assert any("Singular values" in caption for caption in captions) == (tasks > 1)
