@@ -71,7 +71,7 @@ class Config(BaseConfig):
     augment: bool = False
     """Crop training images at random, after padding by 4 pixels, and mirror half of them."""
     rows: tuple[str, ...] = ("mean_kl:200", "mean_kl:300", "mean_kl:400", "mean_kl:600", "mean_var:300", "mean_var:400")
-    """The table: parameterization:bytes of the file at most, the former being mean_kl or mean_var."""
+    """The table: parameterization:bytes of the file at most, give or take a few, the former mean_kl or mean_var."""
     bits: float = 16
     """KL of a block."""
     values: tuple[str, ...] = ("params/Dense_0/kernel=3000", "params/Dense_1/kernel=2500")
@@ -216,7 +216,7 @@ def _index_bits(config: Config) -> int:
 
 
 def _layout(config: Config, params: PyTree, row: str, seed: int) -> Layout:
-    """As many blocks as go into the bytes of a row."""
+    """As many blocks as go into the bytes of a row; its width, not known yet, may make the header a few longer."""
     single = coding.layout_of(params, width=1, seed=seed, values=_values(config))
     size, header = _parsed(row)[1], coding.header_bytes(single, _index_bits(config))
     blocks = 8 * (size - header) // _index_bits(config)
