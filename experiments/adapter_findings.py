@@ -11,7 +11,7 @@ from experiments.adapter_bodies import cosine_logits
 from jaxcl import adapters, report
 from jaxcl.adapters import AdapterState
 from jaxcl.continual import Result, Stream
-from jaxcl.continual.strategies import ClassMeans, Features
+from jaxcl.continual.strategies import Answered, ClassMeans, Features
 from jaxcl.continual.streams import Selection
 from jaxcl.nearest import normalise
 from jaxcl.typing import PyTree
@@ -44,7 +44,10 @@ def findings_of(features: Features | None, result: Result, state: PyTree, stream
 
 def table_of(found: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
     """What only this experiment asks, as a table; means over seeds."""
-    percent = ("means_task_free", "means_task_told", "classifier_task_free", "classifier_task_told", "drift_of_means")
+    percent = (
+        *(f"{head}_task_{told}" for head in ("discriminant", "means", "classifier") for told in ("free", "told")),
+        "drift_of_means",
+    )  # fmt: skip
     columns = {name: f"{name.replace('_', ' ')} %" for name in percent} | {
         "active_rank": "active rank", "kept_bytes_a_task": "bytes a task", "basis_bytes": "bytes of bases",
     }  # fmt: skip
@@ -57,15 +60,19 @@ def table_of(found: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
 
 
 def _answers(features: Features, result: Result, state: PyTree, stream: Stream) -> dict[str, float]:
-    """Accuracies at the end, means over tasks: by class means and by the classifier, the task told or not."""
+    """Accuracies at the end, means over tasks, by each head: the task told or not."""
     labels, own = np.asarray(stream.test.labels), stream.eligible_in_training
     shown = [_shown(features, result, state, stream, part) for part in stream.test_sets]
     answered = {"classifier": [np.asarray(cosine_logits(result.params.head, jnp.asarray(made))) for made in shown]}
     row: dict[str, float] = {}
-    if isinstance(result.strategy_state, ClassMeans):
-        past = result.strategy_state.past
+    around = result.strategy_state
+    if isinstance(around, Answered | ClassMeans):
+        past = around.past if isinstance(around, ClassMeans) else around.of_classifier.moments
         means, unit = np.asarray(normalise(past.sums)), [np.asarray(normalise(jnp.asarray(made))) for made in shown]
         answered["means"] = [np.where(np.asarray(past.counts) > 0, made @ means.T, -np.inf) for made in unit]
+        if isinstance(around, Answered):
+            kernel, bias = np.asarray(around.of_classifier.kernel), np.asarray(around.of_classifier.bias)
+            answered["discriminant"] = [made @ kernel + bias for made in unit]
         whole, of_whole = np.concatenate(unit), np.concatenate([labels[part.rows] for part in stream.test_sets])
         now = np.stack([whole[of_whole == k].mean(axis=0) for k in np.unique(of_whole)])
         cosines = np.sum(means[np.unique(of_whole)] * now, axis=1) / np.linalg.norm(now, axis=1)

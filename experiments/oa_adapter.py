@@ -4,8 +4,9 @@ data short and long are tasks of texts in one space of labels (MiniLM, in the `t
 adapted, those before are frozen and worked out once. digits is a small transformer over the rows of digits, trained
 here, whose tasks have the pixels in orders of their own. Each seed has one of the orders of the tasks in turn.
 
-Every method trains a cosine classifier over the task's own classes beside its adapters. Answers are those of class
-means in the features (texts, where classes are the tasks' own), or of that classifier (digits, which share theirs).
+Every method trains a cosine classifier over the task's own classes beside its adapters. Answers are those of a
+discriminant analysis of the features (texts, where classes are the tasks' own), or of that classifier (digits, which
+share theirs); the report has what class means answer too.
 
 python -m experiments.oa_adapter --data short --methods frozen lora o_lora oa_inputs
 python -m experiments.oa_adapter --data short --model t5:models/t5-large --methods lora o_lora oa_outputs
@@ -84,8 +85,10 @@ class Config(RunConfig):
     """Test on a part of the training set, held out, instead of the test set: for choosing settings."""
     adapted_layers: int = 1
     """How many of the last layers are adapted."""
-    answers: Literal["means", "classifier"] = "classifier"
-    """Whether class means answer at test time, or the classifier."""
+    answers: Literal["discriminant", "means", "classifier"] = "classifier"
+    """What answers at test time: a discriminant analysis of the features, their class means, or the classifier."""
+    shrinkage: float = 1e-3
+    """Discriminant: how far the covariance within classes is shrunk towards 1, features being of unit length."""
     drift_width: float = 0.0
     """Class means: of an example's weight in making up for drift, as its distance from a mean; 0 does not."""
     epochs: int = 3
@@ -127,7 +130,7 @@ def preset(name: str, data: str) -> Config:
     shared: dict[str, Any] = {"preset": name, "data": data, "out": Path("runs/oa_adapter"), "seeds": 3}
     if name == "smoke":
         small: dict[str, Any] = {"seeds": 1, "tasks": 2, "epochs": 1, "train_texts": 40, "test_texts": 20, "length": 16}
-        return Config(**shared | small, answers="classifier" if data == "digits" else "means")
+        return Config(**shared | small, answers="classifier" if data == "digits" else "discriminant")
     if data == "digits":
         return Config(**shared | ({"seeds": 10} if name == "paper" else {}), epochs=30, adapted_layers=2)
     if name == "paper":  # those of O-LoRA's authors
@@ -135,7 +138,7 @@ def preset(name: str, data: str) -> Config:
             **shared, methods=("lora", "incremental_lora", "o_lora", "oa_outputs", "joint"), train_texts=5000,
             test_texts=7600, length=512, epochs=1, batch_size=64, lora_alpha=32.0,
         )  # fmt: skip
-    return Config(**shared | {"seeds": 6 if data == "short" else 1}, answers="means")
+    return Config(**shared | {"seeds": 6 if data == "short" else 1}, answers="discriminant")
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
@@ -232,13 +235,15 @@ def _learner(config: Config, name: Method, body: Body, stream: Stream) -> Learne
         "lwf": lambda: continual.lwf(apply, strength=config.lwf_strength),
         "independent": lambda: continual.independent(apply, tasks),
     }.get(name, lambda: _of_objective(name, body, method))()
-    by_means = config.answers == "means" and body.features is not None and not told
-    if by_means:
+    by_features = config.answers != "classifier" and body.features is not None and not told
+    if by_features and config.answers == "means":
         strategy = continual.class_means(strategy, features, drift_width=config.drift_width or None)
+    elif by_features:
+        strategy = continual.answered_by(continual.streaming_lda(shrinkage=config.shrinkage), strategy, features)
     rate, epochs = config.learning_rate, config.epochs
     if name == "fine_tuning":
         rate = config.fine_tuning_rate
-    if name == "frozen" and (by_means or body.features is None):
+    if name == "frozen" and (by_features or body.features is None):
         rate, epochs = 0.0, 1  # nothing that it learns takes part
 
     def seen(stream: Stream) -> Stream:
@@ -248,7 +253,7 @@ def _learner(config: Config, name: Method, body: Body, stream: Stream) -> Learne
 
     return Learner(
         strategy._replace(fresh_optimizer=True), init, seen, None if told or body.features is None else features,
-        lambda result: result.strategy_state.of_strategy if by_means else result.strategy_state, rate, epochs,
+        lambda result: result.strategy_state.of_strategy if by_features else result.strategy_state, rate, epochs,
     )  # fmt: skip
 
 

@@ -93,7 +93,37 @@ class Learner(NamedTuple):
 
 MLP = Learner(nets.MLP((256, 256), CLASSES), (60_000, 784), 4096)
 RESNET18 = Learner(nets.ResNet18(CLASSES), (50_000, 32, 32, 3), 1024)
-EWC = partial(continual.ewc, strength=1.0)
+BASELINES: dict[str, Callable[[continual.strategies.Apply], Strategy]] = {
+    "naive": continual.naive,
+    "ewc": partial(continual.ewc, strength=1.0),
+    "online_ewc": partial(continual.online_ewc, strength=1.0),
+    "si": partial(continual.si, strength=1.0),
+    "lwf": continual.lwf,
+    "er": partial(continual.er, memory_size=2000, memory_batch_size=4096),
+    "der_plus_plus": partial(
+        continual.der_plus_plus, memory_size=2000, memory_batch_size=4096, logits_strength=0.5, labels_strength=0.5
+    ),
+    "a_gem": partial(continual.a_gem, memory_size=2000, memory_batch_size=4096),
+    "independent": lambda apply: continual.independent(apply, CLASSES // CLASSES_PER_TASK),
+}  # fmt: skip
+CLOSED_FORMS: dict[str, Callable[[], Strategy]] = {
+    "nearest_class_mean": continual.nearest_class_mean,
+    "streaming_lda": continual.streaming_lda,
+    "ridge_classifier": continual.ridge_classifier,
+}
+MASKS: dict[str, Callable[..., masks.MaskMethod]] = {
+    "ibm": masks.ib_masks,
+    "wsn": partial(masks.winning_subnetwork, sparsity=0.8),
+    "packnet": partial(masks.packnet, share=0.2, prune_after=100),
+}
+QUANTIZERS: dict[str, Callable[[], quantize.Quantizer]] = {
+    "vq": partial(quantize.vq, 65_536, 128),
+    "ema_vq": partial(quantize.ema_vq, 65_536, 128),
+    "simvq": partial(quantize.simvq, 65_536, 128),
+    "fsq": lambda: quantize.projected(quantize.fsq((8, 8, 8, 5, 5, 5)), 128, 6),
+    "lfq": lambda: quantize.projected(quantize.lfq(16), 128, 16),
+    "residual_simvq": lambda: quantize.residual(quantize.simvq(1024, 128), 8),
+}
 
 
 def of_loop(
@@ -144,12 +174,18 @@ def of_learner(
     return of_loop(layout, member, strategy, optax.adam(1e-3), params, inputs, learner.batch_size)
 
 
-def of_masks(layout: Layout, name: str) -> Program:
-    """A step of IBM in ResNet-18 or AlexNet with batch normalisation over all devices, on 2,048 images."""
+def of_closed_form(layout: Layout, strategy_of: Callable[[], Strategy]) -> Program:
+    """The one pass of a classifier of features as wide as EfficientNet-lite0's, 4,096 at a time."""
+    features = jax.ShapeDtypeStruct((50_000, 1280), jnp.float32)
+    return of_loop(layout, "observe", strategy_of(), optax.set_to_zero(), (), features, 4096)
+
+
+def of_masks(layout: Layout, name: str, method_of: Callable[..., masks.MaskMethod]) -> Program:
+    """A step of a mask a task in ResNet-18 or AlexNet with batch normalisation over all devices, on 2,048 images."""
     inputs, tasks = jax.ShapeDtypeStruct((50_000, 32, 32, 3), jnp.float32), CLASSES // CLASSES_PER_TASK
     make: Any = nets.AlexNet if name == "alexnet" else partial(nets.ResNet18, normalisation="batch")
     head, net = "head" if name == "alexnet" else "Dense_0", make(CLASSES, training=True)
-    method = masks.ib_masks(lambda path: path.endswith("kernel") and head not in path, tasks)
+    method = method_of(lambda path: path.endswith("kernel") and head not in path, tasks)
     key = jax.eval_shape(jax.random.key, 0)
     params = jax.eval_shape(net.init, key, jax.ShapeDtypeStruct((1, *inputs.shape[1:]), jnp.float32))
     masked, _ = jax.eval_shape(method.init, key, params)
@@ -194,6 +230,24 @@ def of_search(layout: Layout, vectors: int, codes: int, *, split_codes: bool = F
     return Program(jax.jit(search), (placed(layout, x), placed(layout, codebook, DATA)))
 
 
+def of_quantizer(layout: Layout, quantizer_of: Callable[[], quantize.Quantizer]) -> Program:
+    """Codes of 32,768 vectors, 128 wide and split over devices, the gradients of losses, and what is averaged."""
+    quantizer = quantizer_of()
+    key = jax.eval_shape(jax.random.key, 0)
+    params, state = jax.eval_shape(quantizer.init, key)
+
+    def step(key: jax.Array, params: PyTree, state: PyTree, x: jax.Array) -> tuple[PyTree, PyTree]:
+        def loss(params: PyTree, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+            found = quantizer.quantize(params, state, x)
+            return jnp.mean(found.commitment_loss + found.codebook_loss) + found.codes.mean(), found.indices
+
+        gradients, indices = jax.grad(loss, argnums=(0, 1), has_aux=True)(params, x)
+        return gradients, quantizer.update(key, params, state, x, indices)
+
+    x = placed(layout, jax.ShapeDtypeStruct((32_768, 128), jnp.float32), DATA)
+    return Program(jax.jit(step), (*placed(layout, (key, params, state)), x))
+
+
 def of_tokenizer(layout: Layout) -> Program:
     """A step of SimVQ with 262,144 codes in VQGAN's networks, on 256 images of 128 x 128, split over devices."""
     multipliers = (1, 1, 2, 4)
@@ -211,11 +265,11 @@ def of_tokenizer(layout: Layout) -> Program:
 
 
 def of_compression(layout: Layout, member: str) -> Program:
-    """LeNet-5 in 888 blocks of 30 values, split over devices: a Mean-KL step on 4,096 images, or 20 bits for each."""
+    """LeNet-5 in 896 blocks of 30 values, split over devices: a step on 4,096 images, or 20 bits for each block."""
     net = nets.LeNet5(CLASSES)
     key = jax.eval_shape(jax.random.key, 0)
     params = jax.eval_shape(net.init, key, jax.ShapeDtypeStruct((1, 28, 28, 1), jnp.float32))
-    values = {"params/Dense_0/kernel": 11_560, "params/Conv_1/kernel": 9_000}
+    values = {"params/Dense_0/kernel": 11_800, "params/Conv_1/kernel": 9_000}
     blocks = coding.layout_of(params, width=30, values=values)
     if member == "encode":
         one = placed(layout, jax.ShapeDtypeStruct((blocks.blocks, blocks.width), jnp.float32), DATA)
@@ -228,7 +282,8 @@ def of_compression(layout: Layout, member: str) -> Program:
         images, labels = batch
         return optax.softmax_cross_entropy_with_integer_labels(net.apply(params, images), labels).mean()
 
-    trainer = coding.trainer(blocks, coding.mean_kl_posterior(blocks, 14.0), optax.adam(1e-3), loss)
+    posterior_of = {"mean_kl": coding.mean_kl_posterior, "mean_var": coding.mean_var_posterior}[member]
+    trainer = coding.trainer(blocks, posterior_of(blocks, 14.0), optax.adam(1e-3), loss)
     state = jax.eval_shape(trainer.init, key, params)
     progress = jax.eval_shape(lambda: coding.nothing_coded(blocks))
 
@@ -243,8 +298,10 @@ def of_compression(layout: Layout, member: str) -> Program:
     return Program(jax.jit(trainer.step, donate_argnums=1), arguments)
 
 
-def of_adapters(layout: Layout, network: str, *, split_over: str) -> Program:
-    """A step of OA-Adapter, with room for 15 tasks, after each block of a frozen T5-large or 7-billion-weight Llama.
+def of_adapters(layout: Layout, network: str, *, split_over: str, name: str = "oa_adapter") -> Program:
+    """A step of adapters, with room for 15 tasks, in a frozen T5-large or 7-billion-weight Llama.
+
+    OA-Adapter's are after each block; LoRA and O-LoRA are at queries and values.
 
     Texts of 512 tokens (T5: and answers of 64), two a device, in bfloat16. The network's weights and all else that is
     large are split over all devices that share the batch, or over those that share each text.
@@ -264,9 +321,13 @@ def of_adapters(layout: Layout, network: str, *, split_over: str) -> Program:
     backbone = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16), jax.eval_shape(net.init, key, *inputs)
     )
-    method = adapters.oa_adapter(
-        lambda path: path.endswith(("/attention_output/kernel", "/output/kernel")), 16, 15, orthogonal_to="outputs"
-    )
+    attention = lambda path: path.endswith(("/query/kernel", "/value/kernel"))  # noqa: E731
+    blocks = lambda path: path.endswith(("/attention_output/kernel", "/output/kernel"))  # noqa: E731
+    method = {
+        "oa_adapter": lambda: adapters.oa_adapter(blocks, 16, 15, orthogonal_to="outputs"),
+        "lora": lambda: adapters.lora(attention, 8),
+        "o_lora": lambda: adapters.o_lora(attention, 8, 15),
+    }[name]()
     adapter, state = jax.eval_shape(method.init, key, backbone)
     tx = optax.adam(1e-3)
 
@@ -297,28 +358,41 @@ def of_adapters(layout: Layout, network: str, *, split_over: str) -> Program:
 
 # A new method's steps go here: {name: function from a layout of all devices to what is to be compiled}.
 STEPS: dict[str, Callable[[Layout], Program]] = {
-    "mlp_naive_train": partial(of_learner, member="train", strategy_of=continual.naive, learner=MLP),
-    "mlp_ewc_train": partial(of_learner, member="train", strategy_of=EWC, learner=MLP),
-    "mlp_ewc_observe": partial(of_learner, member="observe", strategy_of=EWC, learner=MLP),
+    **{
+        f"mlp_{name}_train": partial(of_learner, member="train", strategy_of=strategy_of, learner=MLP)
+        for name, strategy_of in BASELINES.items()
+    },
+    "mlp_ewc_observe": partial(of_learner, member="observe", strategy_of=BASELINES["ewc"], learner=MLP),
     "resnet18_naive_train": partial(of_learner, member="train", strategy_of=continual.naive, learner=RESNET18),
-    "resnet18_ewc_train": partial(of_learner, member="train", strategy_of=EWC, learner=RESNET18),
-    "resnet18_ewc_observe": partial(of_learner, member="observe", strategy_of=EWC, learner=RESNET18),
+    "resnet18_ewc_train": partial(of_learner, member="train", strategy_of=BASELINES["ewc"], learner=RESNET18),
+    "resnet18_ewc_observe": partial(of_learner, member="observe", strategy_of=BASELINES["ewc"], learner=RESNET18),
+    **{f"{name}_observe": partial(of_closed_form, strategy_of=form) for name, form in CLOSED_FORMS.items()},
     "dkvb_train": partial(of_bottleneck, member="train"),
     "dkvb_lookup": partial(of_bottleneck, member="lookup"),
     "dkvb_fit_keys": partial(of_bottleneck, member="fit_keys"),
     "dkvb_train_codebooks_split": partial(of_bottleneck, member="train", split_codebooks=True),
     "dkvb_lookup_codebooks_split": partial(of_bottleneck, member="lookup", split_codebooks=True),
-    "resnet18_ibm_train": partial(of_masks, name="resnet18"),
-    "alexnet_ibm_train": partial(of_masks, name="alexnet"),
+    **{
+        f"{network}_{name}_train": partial(of_masks, name=network, method_of=method_of)
+        for network in ("resnet18", "alexnet")
+        for name, method_of in MASKS.items()
+    },
     "nearest": partial(of_search, vectors=65_536, codes=65_536),
     "nearest_262144": partial(of_search, vectors=65_536, codes=262_144),
     "nearest_262144_codes_split": partial(of_search, vectors=65_536, codes=262_144, split_codes=True),
     "nearest_16777216_codes_split": partial(of_search, vectors=65_536, codes=16_777_216, split_codes=True),
+    **{
+        f"quantize_{name}": partial(of_quantizer, quantizer_of=quantizer_of)
+        for name, quantizer_of in QUANTIZERS.items()
+    },
     "simvq_tokenizer_train": of_tokenizer,
-    "lenet5_mean_kl_train": partial(of_compression, member="train"),
+    "lenet5_mean_kl_train": partial(of_compression, member="mean_kl"),
+    "lenet5_mean_var_train": partial(of_compression, member="mean_var"),
     "lenet5_encode_20_bits": partial(of_compression, member="encode"),
     "t5_large_adapters_weights_split": partial(of_adapters, network="t5_large", split_over=DATA),
     "t5_large_adapters_texts_split": partial(of_adapters, network="t5_large", split_over=MODEL),
+    "t5_large_lora_weights_split": partial(of_adapters, network="t5_large", split_over=DATA, name="lora"),
+    "t5_large_o_lora_weights_split": partial(of_adapters, network="t5_large", split_over=DATA, name="o_lora"),
     "llama_7b_adapters_weights_split": partial(of_adapters, network="llama_7b", split_over=DATA),
     "llama_7b_adapters_texts_split": partial(of_adapters, network="llama_7b", split_over=MODEL),
 }

@@ -9,7 +9,16 @@ import pytest
 
 from jaxcl import adapters, continual, nets
 from jaxcl.continual import Examples, streams
-from jaxcl.continual.strategies import Adapted, adapted_features, adapted_network, class_means, classification, naive
+from jaxcl.continual.strategies import (
+    Adapted,
+    adapted_features,
+    adapted_network,
+    answered_by,
+    class_means,
+    classification,
+    naive,
+    streaming_lda,
+)
 
 CLASSES, WIDTH = 6, 8
 
@@ -149,6 +158,20 @@ def test_class_means_are_the_means():
     np.testing.assert_allclose(result.accuracy[-1], expected)
     untrained = strategy.predict(params, strategy.init(jax.random.key(0), params, _batch()), TEST.inputs, None)
     assert np.all(untrained == np.finfo(np.float32).min)
+
+
+def test_a_closed_form_answers_for_features_as_it_does_when_they_are_inputs():
+    params = jnp.asarray(np.random.default_rng(0).normal(size=(4, CLASSES)), jnp.float32)
+    strategy = answered_by(streaming_lda(shrinkage=0.01), naive(plain), lambda params, state, x: x.mean(axis=1))
+    key, options = jax.random.key(0), {"epochs": 2, "batch_size": 5}
+    result = continual.run(key, strategy, optax.sgd(0.1), params, THREE, **options)
+    alone = continual.run(key, naive(plain), optax.sgd(0.1), params, THREE, **options)
+    np.testing.assert_array_equal(result.params, alone.params)  # it trains as it does without
+    train, test = (Examples(unit(part.inputs.mean(axis=1)), part.labels) for part in (TRAIN, TEST))
+    features = THREE._replace(train=train, test=test)
+    expected = continual.run(key, streaming_lda(shrinkage=0.01), optax.identity(), (), features, **options)
+    np.testing.assert_array_equal(result.accuracy, expected.accuracy)
+    assert expected.accuracy[-1].mean() > expected.accuracy[0].mean()
 
 
 def _batch():

@@ -13,6 +13,7 @@ from jaxcl import adapters, bottleneck, masked_prior, masks, quantize, tokenizer
 from jaxcl.continual import (
     a_gem,
     adapted_network,
+    answered_by,
     class_means,
     classification,
     der_plus_plus,
@@ -555,6 +556,7 @@ FACTORIES = {
         lambda: adapted_network(adapters.oa_adapter(bool, 2, 2), {}, classification(network, network)),
         STRATEGY,
     ),
+    "answered_by": (lambda: answered_by(streaming_lda(), naive(network), network), STRATEGY),
     "class_means": (lambda: class_means(naive(network), network, drift_width=0.3), STRATEGY),
     "nearest_class_mean": (nearest_class_mean, STRATEGY),
     "streaming_lda": (streaming_lda, STRATEGY),

@@ -8,7 +8,6 @@ from jaxcl.continual.strategies.adapted import (
     adapted_network,
     classification,
 )
-from jaxcl.continual.strategies.class_means import ClassMeans, class_means
 from jaxcl.continual.strategies.closed_form import nearest_class_mean, ridge_classifier, streaming_lda
 from jaxcl.continual.strategies.contract import (
     Apply,
@@ -20,6 +19,7 @@ from jaxcl.continual.strategies.contract import (
     gradients_of,
     predict_by,
 )
+from jaxcl.continual.strategies.heads import Answered, ClassMeans, answered_by, class_means
 from jaxcl.continual.strategies.key_value import (
     CaredKeys,
     Momentum,
@@ -34,6 +34,7 @@ from jaxcl.continual.strategies.sequential import Networks, independent, linear_
 
 __all__ = [
     "Adapted",
+    "Answered",
     "Apply",
     "Batch",
     "CaredKeys",
@@ -48,6 +49,7 @@ __all__ = [
     "a_gem",
     "adapted_features",
     "adapted_network",
+    "answered_by",
     "cared_key_value_bottleneck",
     "class_means",
     "classification",

@@ -1,12 +1,12 @@
-"""Class means as the head of any strategy at test time: what it learns are features."""
+"""Heads at test time for any strategy whose network has features: it trains as it does without."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from jaxcl.continual.strategies.adapted import Features
-from jaxcl.continual.strategies.contract import Batch, Strategy
+from jaxcl.continual.strategies.contract import Batch, Metrics, Strategy
 from jaxcl.nearest import normalise
 from jaxcl.typing import Array, Key, PyTree, check_at_least
 
@@ -18,14 +18,56 @@ class Means(NamedTuple):
     sums: Array  # [K, D]
 
 
+class Answered(NamedTuple):
+    """What `answered_by` keeps beside the strategy's own state."""
+
+    of_strategy: PyTree
+    of_classifier: PyTree
+
+
 class ClassMeans(NamedTuple):
-    """What is kept beside the strategy's own state."""
+    """What `class_means` keeps beside the strategy's own state."""
 
     of_strategy: PyTree
     past: Means  # of tasks that are done, as sums over their examples
     present: Means  # of this task's, gathered in one more pass at its end
     before: PyTree  # parameters as this task began; () where drift is not made up for
     drift: Means  # by old class, how this task's examples near it have moved: weights, and weighted moves
+
+
+def answered_by(classifier: Strategy, strategy: Strategy, features: Features) -> Strategy:
+    """A strategy that answers, at test time, by a classifier in closed form of its features; it trains as before.
+
+    The classifier sees features of unit length, of all of a task's examples in one more pass at its end, by the network
+    of that time. No examples are kept, and what later tasks change of the network is not made up for.
+
+    Args:
+        classifier: `streaming_lda`, `nearest_class_mean` or `ridge_classifier`.
+        strategy: any whose `predict` need not be told the task.
+        features: (params, the strategy's state, inputs [B, ...]) -> features [B, D].
+    """
+    unit = _unit(features)
+
+    def seen(params: PyTree, of_strategy: PyTree, batch: Batch) -> Batch:
+        return batch._replace(inputs=unit(params, of_strategy, batch.inputs))
+
+    def init(key: Key, params: PyTree, batch: Batch) -> Answered:
+        of_strategy = strategy.init(key, params, batch)
+        shape = jax.eval_shape(seen, params, of_strategy, batch).inputs
+        return Answered(of_strategy, classifier.init(key, (), batch._replace(inputs=jnp.zeros(shape.shape))))
+
+    def observe(key: Key, params: PyTree, state: Answered, batch: Batch) -> Answered:
+        of_classifier = classifier.observe(key, (), state.of_classifier, seen(params, state.of_strategy, batch))
+        return Answered(strategy.observe(key, params, state.of_strategy, batch), of_classifier)
+
+    def end_task(key: Key, params: PyTree, state: Answered) -> tuple[PyTree, Answered]:
+        params, of_strategy = strategy.end_task(key, params, state.of_strategy)
+        return params, Answered(of_strategy, classifier.end_task(key, (), state.of_classifier)[1])
+
+    def predict(params: PyTree, state: Answered, inputs: Array, task: Array | None) -> Array:
+        return classifier.predict((), state.of_classifier, unit(params, state.of_strategy, inputs), task)
+
+    return _around(strategy)._replace(init=init, observe=observe, end_task=end_task, predict=predict)
 
 
 def class_means(strategy: Strategy, features: Features, *, drift_width: float | None = None) -> Strategy:
@@ -48,8 +90,7 @@ def class_means(strategy: Strategy, features: Features, *, drift_width: float | 
     if drift_width is not None:
         check_at_least("drift_width", drift_width, 1e-6)
 
-    def unit(params: PyTree, state: PyTree, inputs: Array) -> Array:
-        return normalise(features(params, state, inputs).astype(jnp.float32))
+    unit = _unit(features)
 
     def init(key: Key, params: PyTree, batch: Batch) -> ClassMeans:
         of_strategy = strategy.init(key, params, batch)
@@ -57,22 +98,9 @@ def class_means(strategy: Strategy, features: Features, *, drift_width: float | 
         none = Means(jnp.zeros(batch.eligible.shape[1]), jnp.zeros((batch.eligible.shape[1], width)))
         return ClassMeans(of_strategy, none, none, params if drift_width else (), none)
 
-    def gradients(key: Key, params: PyTree, state: ClassMeans, batch: Batch) -> tuple[PyTree, dict[str, Array]]:
-        return strategy.gradients(key, params, state.of_strategy, batch)
-
     def begin_task(key: Key, params: PyTree, state: ClassMeans, task: Array) -> tuple[PyTree, ClassMeans]:
         params, of_strategy = strategy.begin_task(key, params, state.of_strategy, task)
         return params, state._replace(of_strategy=of_strategy, before=params if drift_width else ())
-
-    def after_update(
-        key: Key, params: PyTree, state: ClassMeans, batch: Batch, grads: PyTree, updates: PyTree
-    ) -> tuple[PyTree, ClassMeans]:
-        updates, of_strategy = strategy.after_update(key, params, state.of_strategy, batch, grads, updates)
-        return updates, state._replace(of_strategy=of_strategy)
-
-    def refresh(key: Key, params: PyTree, state: ClassMeans, batch: Batch) -> tuple[PyTree, ClassMeans]:
-        params, of_strategy = strategy.refresh(key, params, state.of_strategy, batch)
-        return params, state._replace(of_strategy=of_strategy)
 
     def observe(key: Key, params: PyTree, state: ClassMeans, batch: Batch) -> ClassMeans:
         now = unit(params, state.of_strategy, batch.inputs)
@@ -101,9 +129,42 @@ def class_means(strategy: Strategy, features: Features, *, drift_width: float | 
         logits = unit(params, state.of_strategy, inputs) @ normalise(state.past.sums).T
         return jnp.where(state.past.counts > 0, logits, jnp.finfo(jnp.float32).min)
 
+    return _around(strategy)._replace(
+        init=init, begin_task=begin_task, observe=observe, end_task=end_task, predict=predict
+    )  # fmt: skip
+
+
+def _unit(features: Features) -> Features:
+    """The features scaled to unit length, in float32."""
+
+    def unit(params: PyTree, state: PyTree, inputs: Array) -> Array:
+        return normalise(features(params, state, inputs).astype(jnp.float32))
+
+    return unit
+
+
+def _around(strategy: Strategy) -> Strategy:
+    """The strategy for a state that holds its own as `of_strategy`: what it does while a task is trained."""
+
+    def gradients(key: Key, params: PyTree, state: Any, batch: Batch) -> tuple[PyTree, Metrics]:
+        return strategy.gradients(key, params, state.of_strategy, batch)
+
+    def begin_task(key: Key, params: PyTree, state: Any, task: Array) -> tuple[PyTree, Any]:
+        params, of_strategy = strategy.begin_task(key, params, state.of_strategy, task)
+        return params, state._replace(of_strategy=of_strategy)
+
+    def after_update(
+        key: Key, params: PyTree, state: Any, batch: Batch, grads: PyTree, updates: PyTree
+    ) -> tuple[PyTree, Any]:
+        updates, of_strategy = strategy.after_update(key, params, state.of_strategy, batch, grads, updates)
+        return updates, state._replace(of_strategy=of_strategy)
+
+    def refresh(key: Key, params: PyTree, state: Any, batch: Batch) -> tuple[PyTree, Any]:
+        params, of_strategy = strategy.refresh(key, params, state.of_strategy, batch)
+        return params, state._replace(of_strategy=of_strategy)
+
     return strategy._replace(
-        gradients=gradients, predict=predict, init=init, begin_task=begin_task, after_update=after_update,
-        refresh=refresh, observe=observe, end_task=end_task,
+        gradients=gradients, begin_task=begin_task, after_update=after_update, refresh=refresh
     )  # fmt: skip
 
 
