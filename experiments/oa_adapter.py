@@ -47,6 +47,7 @@ Method = Literal[
     "frozen", "fine_tuning", "lora", "incremental_lora", "adapter", "incremental_adapter", "o_lora", "oa_fixed",
     "oa_free", "oa_outputs", "oa_down", "oa_inputs", "replay", "ewc", "lwf", "independent", "joint",
 ]  # fmt: skip
+OA_ADAPTERS: tuple[Method, ...] = ("oa_fixed", "oa_free", "oa_outputs", "oa_down", "oa_inputs")
 NEED_LOGITS = {"replay", "ewc", "lwf", "independent"}
 
 
@@ -89,6 +90,8 @@ class Config(RunConfig):
     """What answers at test time: a discriminant analysis of the features, their class means, or the classifier."""
     shrinkage: float = 1e-3
     """Discriminant: how far the covariance within classes is shrunk towards 1, features being of unit length."""
+    against_means: tuple[Method, ...] = OA_ADAPTERS
+    """Discriminant and means: methods that train a task's classes against the means of earlier tasks' classes too."""
     drift_width: float = 0.0
     """Class means: of an example's weight in making up for drift, as its distance from a mean; 0 does not."""
     epochs: int = 3
@@ -222,6 +225,9 @@ def _learner(config: Config, name: Method, body: Body, stream: Stream) -> Learne
     def apply(params: Adapted, inputs: Array) -> Array:
         return objective.predict(function(params, ()), params.head, inputs)
 
+    def imprint(params: Adapted, means: Array, which: Array) -> Adapted:
+        return params._replace(head=jnp.where(which, means.T, params.head))
+
     def init(key: Key) -> Adapted:
         adapter_key, head_key = jax.random.split(key)
         adapter = body.params if name == "fine_tuning" else ()
@@ -240,6 +246,8 @@ def _learner(config: Config, name: Method, body: Body, stream: Stream) -> Learne
         strategy = continual.class_means(strategy, features, drift_width=config.drift_width or None)
     elif by_features:
         strategy = continual.answered_by(continual.streaming_lda(shrinkage=config.shrinkage), strategy, features)
+    if by_features and name in config.against_means:
+        strategy = continual.against_means(strategy, imprint)
     rate, epochs = config.learning_rate, config.epochs
     if name == "fine_tuning":
         rate = config.fine_tuning_rate

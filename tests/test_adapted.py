@@ -1,5 +1,7 @@
 """Adapters and class means in the loop: many tasks in one compilation, nothing of the past moves, means as by NumPy."""
 
+from functools import partial
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -13,12 +15,14 @@ from jaxcl.continual.strategies import (
     Adapted,
     adapted_features,
     adapted_network,
+    against_means,
     answered_by,
     class_means,
     classification,
     naive,
     streaming_lda,
 )
+from jaxcl.nearest import normalise
 
 CLASSES, WIDTH = 6, 8
 
@@ -172,6 +176,46 @@ def test_a_closed_form_answers_for_features_as_it_does_when_they_are_inputs():
     expected = continual.run(key, streaming_lda(shrinkage=0.01), optax.identity(), (), features, **options)
     np.testing.assert_array_equal(result.accuracy, expected.accuracy)
     assert expected.accuracy[-1].mean() > expected.accuracy[0].mean()
+
+
+@pytest.mark.parametrize("kind", ["class_means", "answered_by"])
+def test_earlier_classes_stand_still_as_their_means(kind):
+    inner = naive(lambda params, x: normalise(x.mean(axis=1) * params["scale"]) @ params["head"])
+
+    def features(params, state, x):
+        return x.mean(axis=1) * params["scale"]
+
+    def imprint(params, means, which):
+        return params | {"head": jnp.where(which, means.T, params["head"])}
+
+    made = {"class_means": lambda: class_means(inner, features),
+            "answered_by": lambda: answered_by(streaming_lda(), inner, features)}[kind]()  # fmt: skip
+    strategy, key = against_means(made, imprint), jax.random.key(0)
+    rng = np.random.default_rng(0)
+    params = {"scale": jnp.asarray(rng.normal(size=4) + 3, jnp.float32),
+              "head": jnp.asarray(rng.normal(size=(4, CLASSES)), jnp.float32)}  # fmt: skip
+    batch = _batch()._replace(labels=jnp.asarray([0, 1, 0, 1, 1]), eligible=jnp.arange(CLASSES) < 2)
+    batch = batch._replace(eligible=jnp.broadcast_to(batch.eligible, (5, CLASSES)))
+    state = strategy.init(key, params, batch)
+    first, _ = strategy.gradients(key, params, state, batch)
+    jax.tree.map(np.testing.assert_allclose, first, inner.gradients(key, params, (), batch)[0])  # nothing was before
+    state = strategy.observe(key, params, state, batch)
+    params, state = strategy.end_task(key, params, state)
+    now = batch._replace(labels=batch.labels + 1, eligible=jnp.roll(batch.eligible, 1, axis=1))  # classes 1 and 2
+    grads, metrics = strategy.gradients(key, params, state, now)
+    seen = unit(np.asarray(features(params, (), batch.inputs)))
+    mean = unit(seen[np.asarray(batch.labels) == 0].mean(axis=0))
+
+    def loss(params):
+        logits = normalise(features(params, (), now.inputs)) @ jnp.concatenate(
+            [mean[:, None], params["head"][:, 1:3]], 1
+        )
+        return optax.softmax_cross_entropy_with_integer_labels(logits, now.labels).mean()
+
+    value, expected = jax.value_and_grad(loss)(params)
+    np.testing.assert_allclose(metrics["loss"], value, rtol=1e-5)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6), grads, expected)
+    assert not np.any(grads["head"][:, 0])
 
 
 def _batch():

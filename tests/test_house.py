@@ -13,6 +13,7 @@ from jaxcl import adapters, bottleneck, masked_prior, masks, quantize, tokenizer
 from jaxcl.continual import (
     a_gem,
     adapted_network,
+    against_means,
     answered_by,
     class_means,
     classification,
@@ -554,6 +555,10 @@ FACTORIES = {
     "masked_network": (lambda: masked_network(masks.packnet(bool, 2, share=0.5, prune_after=3), network), STRATEGY),
     "adapted_network": (
         lambda: adapted_network(adapters.oa_adapter(bool, 2, 2), {}, classification(network, network)),
+        STRATEGY,
+    ),
+    "against_means": (
+        lambda: against_means(class_means(naive(network), network), lambda params, means, which: params),
         STRATEGY,
     ),
     "answered_by": (lambda: answered_by(streaming_lda(), naive(network), network), STRATEGY),

@@ -19,7 +19,7 @@ from jaxcl.continual.strategies.contract import (
     gradients_of,
     predict_by,
 )
-from jaxcl.continual.strategies.heads import Answered, ClassMeans, answered_by, class_means
+from jaxcl.continual.strategies.heads import Answered, ClassMeans, against_means, answered_by, class_means
 from jaxcl.continual.strategies.key_value import (
     CaredKeys,
     Momentum,
@@ -49,6 +49,7 @@ __all__ = [
     "a_gem",
     "adapted_features",
     "adapted_network",
+    "against_means",
     "answered_by",
     "cared_key_value_bottleneck",
     "class_means",

@@ -1,5 +1,6 @@
 """Heads at test time for any strategy whose network has features: it trains as it does without."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -132,6 +133,29 @@ def class_means(strategy: Strategy, features: Features, *, drift_width: float | 
     return _around(strategy)._replace(
         init=init, begin_task=begin_task, observe=observe, end_task=end_task, predict=predict
     )  # fmt: skip
+
+
+def against_means(strategy: Strategy, imprint: Callable[[PyTree, Array, Array], PyTree]) -> Strategy:
+    """A strategy that trains each task's classes against those of earlier tasks too, which stand still as their means.
+
+    A classifier of a task's own classes alone keeps them apart from each other, not from what came before. Here it has
+    the means of earlier classes beside them. No examples are kept, so the network must hardly move the features of
+    earlier inputs, or these go where the task's own are drawn: `adapters.oa_adapter` keeps off them.
+
+    Args:
+        strategy: what `class_means` or `answered_by` made.
+        imprint: (params, means [K, D] of unit length, which [K] bool) -> params whose classifier has the means as the
+            weights of the classes that `which` holds for.
+    """
+
+    def gradients(key: Key, params: PyTree, state: Any, batch: Batch) -> tuple[PyTree, Metrics]:
+        seen = state.past if isinstance(state, ClassMeans) else state.of_classifier.moments
+        earlier = (seen.counts > 0) & ~batch.eligible.any(axis=0)
+        imprinted, back = jax.vjp(lambda params: imprint(params, normalise(seen.sums), earlier), params)
+        grads, metrics = strategy.gradients(key, imprinted, state, batch._replace(eligible=batch.eligible | earlier))
+        return back(grads)[0], metrics
+
+    return strategy._replace(gradients=gradients)
 
 
 def _unit(features: Features) -> Features:
