@@ -33,9 +33,17 @@ class Body(NamedTuple):
     counted: Callable[[str, Batch], Array] | None = None  # as `continual.adapted_network` takes it
 
 
-def cosine_logits(kernel: Array, features: Array) -> Array:
-    """Cosines of features [B, D] and a kernel's columns [D, K], over the temperature."""
-    return normalise(features) @ normalise(kernel.T).T / TEMPERATURE
+class Cosines(NamedTuple):
+    """The classifier."""
+
+    kernel: Array  # [D, K]
+    offset: Array  # [K], nats; it is not trained
+
+
+def cosine_logits(head: Cosines, features: Array) -> Array:
+    """Cosines of features [B, D] and the kernel's columns, over the temperature, and the offset: [B, K]."""
+    cosines = normalise(features) @ normalise(head.kernel.T).T
+    return cosines / TEMPERATURE + jax.lax.stop_gradient(head.offset)
 
 
 def _classifying(network: nn.Module, params: PyTree, width: int, classes: int, counted: Any = None) -> Body:
@@ -48,8 +56,8 @@ def _classifying(network: nn.Module, params: PyTree, width: int, classes: int, c
 
         return layers
 
-    def head(key: Key) -> Array:
-        return jax.random.normal(key, (width, classes)) / width**0.5
+    def head(key: Key) -> Cosines:
+        return Cosines(jax.random.normal(key, (width, classes)) / width**0.5, jnp.zeros(classes))
 
     return Body(
         params, lambda params: continual.classification(features(params), cosine_logits), head, features, counted

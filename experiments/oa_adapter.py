@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from experiments.adapter_bodies import UNCHANGED, Body, in_words, permuted_digits, upper_layers
+from experiments.adapter_bodies import UNCHANGED, Body, Cosines, in_words, permuted_digits, upper_layers
 from experiments.adapter_findings import bank_of, figures_of, findings_of, table_of
 from experiments.card import Card
 from experiments.common import Run, RunConfig, over_seeds, parse_command
@@ -92,6 +92,8 @@ class Config(RunConfig):
     """Discriminant: how far the covariance within classes is shrunk towards 1, features being of unit length."""
     against_means: tuple[Method, ...] = OA_ADAPTERS
     """Discriminant and means: methods that train a task's classes against the means of earlier tasks' classes too."""
+    held_back: float = 2.0
+    """Those means: nats by which they count for less than the task's own classes."""
     drift_width: float = 0.0
     """Class means: of an example's weight in making up for drift, as its distance from a mean; 0 does not."""
     epochs: int = 3
@@ -226,7 +228,10 @@ def _learner(config: Config, name: Method, body: Body, stream: Stream) -> Learne
         return objective.predict(function(params, ()), params.head, inputs)
 
     def imprint(params: Adapted, means: Array, which: Array) -> Adapted:
-        return params._replace(head=jnp.where(which, means.T, params.head))
+        kernel, offset = params.head
+        return params._replace(
+            head=Cosines(jnp.where(which, means.T, kernel), jnp.where(which, -config.held_back, offset))
+        )
 
     def init(key: Key) -> Adapted:
         adapter_key, head_key = jax.random.split(key)
