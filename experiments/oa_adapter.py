@@ -47,7 +47,7 @@ Method = Literal[
     "frozen", "fine_tuning", "lora", "incremental_lora", "adapter", "incremental_adapter", "o_lora", "oa_fixed",
     "oa_free", "oa_outputs", "oa_down", "oa_inputs", "replay", "ewc", "lwf", "independent", "joint",
 ]  # fmt: skip
-OA_ADAPTERS: tuple[Method, ...] = ("oa_fixed", "oa_free", "oa_outputs", "oa_down", "oa_inputs")
+GATED = {"oa_free", "oa_outputs", "oa_down", "oa_inputs"}
 NEED_LOGITS = {"replay", "ewc", "lwf", "independent"}
 
 
@@ -90,9 +90,9 @@ class Config(RunConfig):
     """What answers at test time: a discriminant analysis of the features, their class means, or the classifier."""
     shrinkage: float = 1e-3
     """Discriminant: how far the covariance within classes is shrunk towards 1, features being of unit length."""
-    against_means: tuple[Method, ...] = OA_ADAPTERS
+    against_means: tuple[Method, ...] = ("oa_fixed", "oa_inputs")
     """Discriminant and means: methods that train a task's classes against the means of earlier tasks' classes too."""
-    held_back: float = 2.0
+    held_back: float = 4.0
     """Those means: nats by which they count for less than the task's own classes."""
     drift_width: float = 0.0
     """Class means: of an example's weight in making up for drift, as its distance from a mean; 0 does not."""
@@ -102,6 +102,8 @@ class Config(RunConfig):
     """Examples in a step."""
     learning_rate: float = 1e-3
     """Of Adam, for adapters and classifier."""
+    oa_rate: float = 1e-3
+    """OA-Adapter: of Adam, where gates, which begin small, are learnt."""
     fine_tuning_rate: float = 1e-4
     """Fine-tuning: of Adam, for all parameters of the adapted layers."""
     lora_rank: int = 8
@@ -143,7 +145,10 @@ def preset(name: str, data: str) -> Config:
             **shared, methods=("lora", "incremental_lora", "o_lora", "oa_outputs", "joint"), train_texts=5000,
             test_texts=7600, length=512, epochs=1, batch_size=64, lora_alpha=32.0,
         )  # fmt: skip
-    return Config(**shared | {"seeds": 6 if data == "short" else 1}, answers="discriminant")
+    return Config(
+        **shared | {"seeds": 6 if data == "short" else 1}, answers="discriminant", adapted_layers=2,
+        learning_rate=4e-3, oa_rate=8e-3, oa_protected=128, oa_sparsity=2.0,
+    )  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
@@ -254,6 +259,8 @@ def _learner(config: Config, name: Method, body: Body, stream: Stream) -> Learne
     if by_features and name in config.against_means:
         strategy = continual.against_means(strategy, imprint)
     rate, epochs = config.learning_rate, config.epochs
+    if name in GATED:
+        rate = config.oa_rate
     if name == "fine_tuning":
         rate = config.fine_tuning_rate
     if name == "frozen" and (by_features or body.features is None):

@@ -16,7 +16,7 @@ SMOKE = ["--preset", "smoke", "--methods", "lora", "oa_inputs"]
 @pytest.fixture(scope="module")
 def smoke(tmp_path_factory):
     out = tmp_path_factory.mktemp("oa_adapter")
-    oa_adapter.main([*SMOKE, "--answers", "means", "--out", str(out)])
+    oa_adapter.main([*SMOKE, "--answers", "discriminant", "--out", str(out)])
     return out
 
 
@@ -25,9 +25,10 @@ def test_what_is_left_has_the_promised_form(smoke):
     found = document["adapters"]
     assert [*found] == ["lora", "oa_inputs"]
     for name, of_method in found.items():
-        assert 0 <= of_method["means_task_free"]["mean"] <= of_method["means_task_told"]["mean"] <= 1
+        for head in ("discriminant", "means", "classifier"):
+            assert 0 <= of_method[f"{head}_task_free"]["mean"] <= of_method[f"{head}_task_told"]["mean"] <= 1
         # The loop's own answer, from another program.
-        assert of_method["means_task_free"]["mean"] == pytest.approx(document["results"][name]["acc"]["mean"])
+        assert of_method["discriminant_task_free"]["mean"] == pytest.approx(document["results"][name]["acc"]["mean"])
         assert set(document["costs"][name]) >= {"seconds", "compilations"}
     assert 0 < found["oa_inputs"]["active_rank"]["mean"] <= 16
     assert "active_rank" not in found["lora"]
@@ -61,7 +62,7 @@ def words(tmp_path):
 def test_a_t5_answers_in_words(words, tmp_path):
     document = oa_adapter.main([
         "--preset", "smoke", *words, "--methods", "frozen", "oa_inputs", "--epochs", "20",
-        "--batch-size", "8", "--learning-rate", "0.03", "--out", str(tmp_path / "run"),
+        "--batch-size", "8", "--oa-rate", "0.03", "--out", str(tmp_path / "run"),
     ])  # fmt: skip
     learnt = document["results"]["oa_inputs"]["learning_accuracy"]["mean"]
     assert document["results"]["frozen"]["acc"]["mean"] < 0.2 and learnt > 0.4
