@@ -101,7 +101,9 @@ class Config(RunConfig):
     batch_size: int = 32
     """Examples in a step."""
     learning_rate: float = 1e-3
-    """Of Adam, for adapters and classifier."""
+    """Of Adam, for adapters and classifier, where none of the following is meant."""
+    o_lora_rate: float = 1e-3
+    """O-LoRA: of Adam."""
     oa_rate: float = 1e-3
     """OA-Adapter: of Adam, where gates, which begin small, are learnt."""
     fine_tuning_rate: float = 1e-4
@@ -147,7 +149,7 @@ def preset(name: str, data: str) -> Config:
         )  # fmt: skip
     return Config(
         **shared | {"seeds": 6 if data == "short" else 1}, answers="discriminant", adapted_layers=2,
-        learning_rate=4e-3, oa_rate=8e-3, oa_protected=128, oa_sparsity=2.0,
+        o_lora_rate=4e-3, oa_rate=8e-3, oa_protected=128, oa_sparsity=2.0,
     )  # fmt: skip
 
 
@@ -258,11 +260,12 @@ def _learner(config: Config, name: Method, body: Body, stream: Stream) -> Learne
         strategy = continual.answered_by(continual.streaming_lda(shrinkage=config.shrinkage), strategy, features)
     if by_features and name in config.against_means:
         strategy = continual.against_means(strategy, imprint)
-    rate, epochs = config.learning_rate, config.epochs
-    if name in GATED:
-        rate = config.oa_rate
-    if name == "fine_tuning":
-        rate = config.fine_tuning_rate
+    rates = {
+        "o_lora": config.o_lora_rate,
+        "fine_tuning": config.fine_tuning_rate,
+        **dict.fromkeys(GATED, config.oa_rate),
+    }
+    rate, epochs = rates.get(name, config.learning_rate), config.epochs
     if name == "frozen" and (by_features or body.features is None):
         rate, epochs = 0.0, 1  # nothing that it learns takes part
 
