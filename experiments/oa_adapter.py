@@ -48,6 +48,10 @@ Method = Literal[
     "oa_free", "oa_outputs", "oa_down", "oa_inputs", "replay", "ewc", "lwf", "independent", "joint",
 ]  # fmt: skip
 GATED = {"oa_free", "oa_outputs", "oa_down", "oa_inputs"}
+SHORT: tuple[Method, ...] = (
+    "frozen", "lora", "incremental_lora", "adapter", "incremental_adapter", "o_lora", "oa_fixed", "oa_outputs",
+    "oa_down", "oa_inputs", "replay", "joint",
+)  # fmt: skip
 NEED_LOGITS = {"replay", "ewc", "lwf", "independent"}
 
 
@@ -147,8 +151,9 @@ def preset(name: str, data: str) -> Config:
             **shared, methods=("lora", "incremental_lora", "o_lora", "oa_outputs", "joint"), train_texts=5000,
             test_texts=7600, length=512, epochs=1, batch_size=64, lora_alpha=32.0,
         )  # fmt: skip
+    of_short: dict[str, Any] = {"seeds": 6, "methods": SHORT} if data == "short" else {"seeds": 1}
     return Config(
-        **shared | {"seeds": 6 if data == "short" else 1}, answers="discriminant", adapted_layers=2,
+        **shared | of_short, answers="discriminant", adapted_layers=2,
         o_lora_rate=4e-3, oa_rate=8e-3, oa_protected=128, oa_sparsity=2.0,
     )  # fmt: skip
 
