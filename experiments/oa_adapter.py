@@ -96,7 +96,7 @@ class Config(RunConfig):
     """Discriminant: how far the covariance within classes is shrunk towards 1, features being of unit length."""
     against_means: tuple[Method, ...] = ("oa_fixed", "oa_inputs")
     """Discriminant and means: methods that train a task's classes against the means of earlier tasks' classes too."""
-    held_back: float = 4.0
+    held_back: float = 3.0
     """Those means: nats by which they count for less than the task's own classes."""
     drift_width: float = 0.0
     """Class means: of an example's weight in making up for drift, as its distance from a mean; 0 does not."""
@@ -154,7 +154,7 @@ def preset(name: str, data: str) -> Config:
     of_short: dict[str, Any] = {"seeds": 6, "methods": SHORT} if data == "short" else {"seeds": 1}
     return Config(
         **shared | of_short, answers="discriminant", adapted_layers=2,
-        o_lora_rate=4e-3, oa_rate=8e-3, oa_protected=128, oa_sparsity=2.0,
+        o_lora_rate=4e-3, oa_rate=4e-3, oa_protected=128, oa_sparsity=1.5,
     )  # fmt: skip
 
 
