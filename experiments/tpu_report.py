@@ -321,8 +321,13 @@ def of_adapters(layout: Layout, network: str, *, split_over: str, name: str = "o
     backbone = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16), jax.eval_shape(net.init, key, *inputs)
     )
-    attention = lambda path: path.endswith(("/query/kernel", "/value/kernel"))  # noqa: E731
-    blocks = lambda path: path.endswith(("/attention_output/kernel", "/output/kernel"))  # noqa: E731
+
+    def attention(path: str) -> bool:
+        return path.endswith(("/query/kernel", "/value/kernel"))
+
+    def blocks(path: str) -> bool:
+        return path.endswith(("/attention_output/kernel", "/output/kernel"))
+
     method = {
         "oa_adapter": lambda: adapters.oa_adapter(blocks, 16, 15, orthogonal_to="outputs"),
         "lora": lambda: adapters.lora(attention, 8),
