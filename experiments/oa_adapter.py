@@ -154,7 +154,7 @@ def preset(name: str, data: str) -> Config:
     of_short: dict[str, Any] = {"seeds": 6, "methods": SHORT} if data == "short" else {"seeds": 1}
     return Config(
         **shared | of_short, answers="discriminant", adapted_layers=2,
-        o_lora_rate=4e-3, oa_rate=4e-3, oa_protected=128, oa_sparsity=1.5,
+        o_lora_rate=4e-3, oa_rate=8e-3, oa_protected=128, oa_sparsity=1.0,
     )  # fmt: skip
 
 
