@@ -34,7 +34,11 @@ if TYPE_CHECKING:
 
 CARDS = {
     "--preset smoke": Card("not measured", "that it runs"),
-    "--preset cpu": Card("not measured", "not measured"),
+    "--preset cpu": Card(
+        "4 min on one core",
+        "A* spends 1.5 to 2.4 bits beyond the KL, and no test tells it from the posterior at 1 %; how the bias of mrc "
+        "and orc falls with their bits",
+    ),
     "--preset paper": Card("not measured", "not measured"),
 }
 CODERS = {"mrc": coding.mrc, "orc": coding.orc, "astar": coding.astar}
