@@ -147,10 +147,10 @@ def adversary_of(config: Config) -> Adversary | None:
 
 @cache
 def encoder_weights() -> PyTree | None:
-    """The weights of EfficientNet-Lite0, or None where there is no folder of packs."""
+    """The weights of EfficientNet-Lite0, or None where there is no folder of packs, or no safetensors to read them."""
     try:
         return nets.load_efficientnet_lite0()
-    except ValueError:
+    except (ImportError, ValueError):
         return None
 
 
