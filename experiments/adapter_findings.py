@@ -67,7 +67,7 @@ def _answers(features: Features, result: Result, state: PyTree, stream: Stream) 
     row: dict[str, float] = {}
     around = result.strategy_state
     if isinstance(around, Answered | ClassMeans):
-        past = around.past if isinstance(around, ClassMeans) else around.of_classifier.moments
+        past = around.seen
         means, unit = np.asarray(normalise(past.sums)), [np.asarray(normalise(jnp.asarray(made))) for made in shown]
         answered["means"] = [np.where(np.asarray(past.counts) > 0, made @ means.T, -np.inf) for made in unit]
         if isinstance(around, Answered):

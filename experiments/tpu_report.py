@@ -50,8 +50,14 @@ from jaxcl.continual.sharding import DATA, MODEL, Layout
 from jaxcl.typing import PyTree, bad_argument, check_between, check_choice
 
 CARDS = {
-    "": Card("40 min, estimated from v5e", "a table: memory, and what limits each program, on v4, v5e, v5p and v6e"),
-    "--effort -1": Card("8 min", "the same of less optimised programs: temporaries mean little"),
+    "": Card(
+        "not measured since it has every method's steps; more than an hour",
+        "a table: memory, and what limits each program, on v4, v5e, v5p and v6e",
+    ),
+    "--effort -1": Card(
+        "not measured as a whole; 25 programs for one kind take 3 min",
+        "the same of less optimised programs: temporaries mean little",
+    ),
 }
 
 CLASSES, CLASSES_PER_TASK = 10, 2

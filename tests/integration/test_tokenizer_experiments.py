@@ -1,4 +1,4 @@
-"""The tokenizer experiments, as a user runs them."""
+"""The tokenizer experiments, as a user runs them, interrupts them and goes on."""
 
 import dataclasses
 import json
@@ -45,6 +45,31 @@ def test_what_is_left_has_the_promised_form(smoke):
     assert not re.search(r"""(src|href)=["']?(https?:)?//""", page)
     lines = (out / "history.csv").read_text().splitlines()
     assert lines[0] == "row,step,metric,value" and any(line.startswith("lfq:16,6,regulariser,") for line in lines)
+
+
+def test_an_interrupted_run_goes_on_bit_for_bit(smoke, tmp_path, monkeypatch):
+    """Broken off in the middle of the second row, with a checkpoint after each step."""
+    arguments = [*SMOKE, "--checkpoint-seconds", "0", "--out", str(tmp_path)]
+    check, seen = tokenizers._Row._check, []
+
+    def breaking(self, told, step, record, bar):
+        seen.append((self._name, step))
+        if (self._name, step) == ("simvq:16", 3):
+            raise KeyboardInterrupt
+        check(self, told, step, record, bar)
+
+    monkeypatch.setattr(tokenizers._Row, "_check", breaking)
+    with pytest.raises(KeyboardInterrupt):
+        simvq_image.main(arguments)
+    first = seen.copy()
+    seen.clear()
+    monkeypatch.setattr(
+        tokenizers._Row, "_check", lambda self, told, step, record, bar: seen.append((self._name, step))
+    )
+    simvq_image.main(arguments)
+    assert first[-1] == ("simvq:16", 3) and seen[0] == ("simvq:16", 3)
+    assert written(tmp_path)["results"] == written(smoke[0])["results"]
+    assert (tmp_path / "history.csv").read_bytes() == (smoke[0] / "history.csv").read_bytes()
 
 
 def test_a_finished_run_is_told_and_other_settings_are_refused(smoke, capsys, monkeypatch):

@@ -25,6 +25,11 @@ class Answered(NamedTuple):
     of_strategy: PyTree
     of_classifier: PyTree
 
+    @property
+    def seen(self) -> Any:
+        """Counts [K] and sums [K, D] of the features of tasks that are done."""
+        return self.of_classifier.moments
+
 
 class ClassMeans(NamedTuple):
     """What `class_means` keeps beside the strategy's own state."""
@@ -34,6 +39,11 @@ class ClassMeans(NamedTuple):
     present: Means  # of this task's, gathered in one more pass at its end
     before: PyTree  # parameters as this task began; () where drift is not made up for
     drift: Means  # by old class, how this task's examples near it have moved: weights, and weighted moves
+
+    @property
+    def seen(self) -> Means:
+        """Of tasks that are done."""
+        return self.past
 
 
 def answered_by(classifier: Strategy, strategy: Strategy, features: Features) -> Strategy:
@@ -149,7 +159,7 @@ def against_means(strategy: Strategy, imprint: Callable[[PyTree, Array, Array], 
     """
 
     def gradients(key: Key, params: PyTree, state: Any, batch: Batch) -> tuple[PyTree, Metrics]:
-        seen = state.past if isinstance(state, ClassMeans) else state.of_classifier.moments
+        seen = state.seen
         earlier = (seen.counts > 0) & ~batch.eligible.any(axis=0)
         imprinted, back = jax.vjp(lambda params: imprint(params, normalise(seen.sums), earlier), params)
         grads, metrics = strategy.gradients(key, imprinted, state, batch._replace(eligible=batch.eligible | earlier))
