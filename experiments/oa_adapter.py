@@ -271,8 +271,11 @@ def _learner(config: Config, name: Method, body: Body, stream: Stream) -> Learne
         **dict.fromkeys(GATED, config.oa_rate),
     }
     rate, epochs = rates.get(name, config.learning_rate), config.epochs
-    if name == "frozen" and (by_features or body.features is None):
-        rate, epochs = 0.0, 1  # nothing that it learns takes part
+    if name == "frozen" and (by_features or body.features is None):  # nothing that it would learn takes part
+        strategy = strategy._replace(
+            gradients=lambda key, params, state, batch: (jax.tree.map(jnp.zeros_like, params), {})
+        )
+        epochs = 1
 
     def seen(stream: Stream) -> Stream:
         if name == "joint":

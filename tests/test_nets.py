@@ -5,9 +5,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.stats
 from helpers import assert_close
 
 from jaxcl import nets
+from jaxcl.nets.gelu import gelu
 from jaxcl.trees import parameter_count
 
 
@@ -172,3 +174,19 @@ def test_pooling_and_its_gradient_are_those_of_flax(shape):
     np.testing.assert_array_equal(ours, theirs)
     cotangent = jax.random.normal(jax.random.key(1), ours.shape)
     np.testing.assert_array_equal(pull(cotangent)[0], their_pull(cotangent)[0])
+
+
+def test_gelu_and_its_derivatives_are_those_of_the_normal_distribution():
+    x = np.concatenate([np.linspace(-30, 30, 1001), [0.0, 1e-6, -1e-6]])
+    below, density = scipy.stats.norm.cdf(x), scipy.stats.norm.pdf(x)
+    inputs = jnp.asarray(x, jnp.float32)
+    slope = jax.grad(gelu)
+    for found, expected in (
+        (gelu(inputs), x * below),
+        (jax.vmap(slope)(inputs), below + x * density),
+        (jax.vmap(jax.grad(slope))(inputs), (2 - x**2) * density),
+    ):
+        np.testing.assert_allclose(found, expected, atol=1e-6)
+    half = gelu(inputs.astype(jnp.bfloat16))
+    assert half.dtype == jnp.bfloat16
+    np.testing.assert_allclose(half.astype(jnp.float32), x * below, atol=0.02, rtol=0.02)

@@ -12,11 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
+from jaxcl.nets.gelu import gelu
 from jaxcl.nets.weights import Source, load_by_name, read_checkpoint, read_config
 from jaxcl.typing import Array, PyTree, bad_argument, check_choice, check_rank
 
 _ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
-    "gelu": lambda x: nn.gelu(x, approximate=False),
+    "gelu": gelu,
     "gelu_new": nn.gelu,
     "relu": nn.relu,
 }

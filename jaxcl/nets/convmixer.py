@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -12,11 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxcl.nets.efficientnet import Depthwise
+from jaxcl.nets.gelu import gelu
 from jaxcl.nets.weights import Source, check_images, image_side, load_by_name, read_safetensors
 from jaxcl.typing import Array, PyTree, bad_argument, check_choice
 
 Activation = Literal["gelu", "relu"]
-_ACTIVATIONS: dict[str, Callable[[Array], Array]] = {"gelu": partial(nn.gelu, approximate=False), "relu": nn.relu}
+_ACTIVATIONS: dict[str, Callable[[Array], Array]] = {"gelu": gelu, "relu": nn.relu}
 _EPSILON = 1e-5  # of the batch normalisation that the weights were trained with
 
 

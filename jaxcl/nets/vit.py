@@ -9,12 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxcl.nets.gelu import gelu
 from jaxcl.nets.weights import Source, check_images, image_side, load_by_name, read_safetensors
 from jaxcl.typing import Array, PyTree, bad_argument, check_choice
 
 Activation = Literal["gelu", "quick_gelu"]
 _ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
-    "gelu": lambda x: nn.gelu(x, approximate=False),
+    "gelu": gelu,
     "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),
 }
 _HEAD_WIDTH, _MOST_HEADS = 64, 16  # of published models; those wider than 1,024 have wider heads

@@ -1,0 +1,32 @@
+"""The GELU activation, exact."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxcl.typing import Array
+
+
+@jax.custom_jvp
+def gelu(x: Array) -> Array:
+    """X Phi(x) with the standard normal distribution function Phi, any shape (Hendrycks & Gimpel 2016).
+
+    As ``jax.nn.gelu(x, approximate=False)``, whose derivative keeps more and is slow on CPU: this one's is
+    Phi(x) + x phi(x), with the density phi.
+    """
+    return x * _below(x)
+
+
+@gelu.defjvp
+def _derivative(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    (x,), (change,) = primals, tangents
+    below = _below(x)
+    density = jnp.exp(-x * x / 2) / math.sqrt(2 * math.pi)
+    return x * below, change * (below + x * density)
+
+
+def _below(x: Array) -> Array:
+    """Phi(x)."""
+    return 0.5 * (1 + lax.erf(x * math.sqrt(0.5)))
