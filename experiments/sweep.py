@@ -62,8 +62,8 @@ def _arguments(point: dict[str, str]) -> Sequence[str]:
     arguments = []
     for name, value in point.items():
         flag = name.replace("_", "-")
-        if value in ("True", "False"):
-            arguments.append(f"--{'' if value == 'True' else 'no-'}{flag}")
+        if value.lower() in ("true", "false"):
+            arguments.append(f"--{'' if value.lower() == 'true' else 'no-'}{flag}")
         else:
             arguments += [f"--{flag}", *shlex.split(value)]
     return arguments
