@@ -9,6 +9,7 @@ python -m experiments.oa_adapter --data short --model t5:runs/small_t5 --methods
 
 import dataclasses
 from collections.abc import Sequence
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ from tqdm import tqdm
 from experiments.card import Card
 from experiments.text_tasks import ORDERS
 from jaxcl import data, files, nets
+from jaxcl.continual import Checkpoint, sharding
+from jaxcl.continual.checkpoints import Checkpoints
 from jaxcl.typing import Array, Key, PyTree, bad_argument, check_at_least
 
 CARDS = {"": Card("not measured", "a folder with a T5 that has seen no labels")}
@@ -54,7 +57,9 @@ class Config:
     seed: int = 0
     """Of parameters and batches."""
     out: Path = Path("runs/small_t5")
-    """The folder."""
+    """The folder. If it holds an unfinished training with the same settings, that goes on."""
+    checkpoint_seconds: float = 60.0
+    """How often to save the state: so much is lost at most if the run is killed."""
 
 
 def main(argv: Sequence[str] | None = None) -> float:
@@ -90,13 +95,24 @@ def main(argv: Sequence[str] | None = None) -> float:
         updates, opt_state = tx.update(gradients, opt_state)
         return optax.apply_updates(params, updates), opt_state, value
 
-    opt_state, losses = tx.init(params), []
-    with tqdm(total=config.steps, desc="small T5", unit="step", dynamic_ncols=True) as bar:
-        for number in range(config.steps):
-            params, opt_state, value = step(jax.random.fold_in(key, number), params, opt_state)
+    identity = {name: str(value) for name, value in dataclasses.asdict(config).items()}
+    del identity["out"], identity["checkpoint_seconds"]  # not what the run is
+    keeper = Checkpoints(
+        Checkpoint(config.out / "checkpoints", config.checkpoint_seconds), "small_t5", identity, alone=True
+    )
+    state, losses = (params, tx.init(params)), []
+    with closing(keeper), tqdm(total=config.steps, desc="small T5", unit="step", dynamic_ncols=True) as bar:
+        if (restored := keeper.restore(jax.eval_shape(lambda: state), sharding.Layout(None))) is not None:
+            state, losses = restored[0], restored[1]["losses"]
+            bar.update(len(losses))
+        for number in range(len(losses), config.steps):
+            *state, value = step(jax.random.fold_in(key, number), *state)
             losses.append(float(value))
             bar.set_postfix(loss=f"{np.mean(losses[-100:]):.3f}", refresh=False)
             bar.update()
+            if keeper.due():
+                keeper.save(tuple(state), {"losses": losses})
+    params = state[0]
     nets.save_t5(config.out, net, params)
     settled = float(np.mean(losses[-config.steps // 10 :]))
     print(f"Wrote {config.out}: {settled:.3f} nats a token at the end, {losses[0]:.3f} at first.")

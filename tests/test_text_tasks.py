@@ -2,6 +2,7 @@
 
 import json
 import os
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -122,12 +123,33 @@ def test_a_span_is_left_out():
     assert len(starts) > 5
 
 
+class Watched(small_t5.tqdm):
+    updates: ClassVar[list[int]] = []
+
+    def update(self, n=1):
+        super().update(n)
+        self.updates.append(n)
+        if len(self.updates) == 40:
+            raise KeyboardInterrupt
+
+
 @needs_data
-def test_a_small_t5_is_trained_and_left_as_a_folder(tmp_path):
+def test_a_small_t5_is_trained_and_left_as_a_folder(tmp_path, monkeypatch):
     pytest.importorskip("tokenizers")
     options = ["--vocabulary", "300", "--width", "16", "--layers", "1", "--length", "16", "--batch-size", "8"]
-    arguments = ["--tasks", "cb", *options, "--steps", "60", "--learning-rate", "0.02", "--out", str(tmp_path)]
-    assert small_t5.main(arguments) < 5.2  # nats; 5.7 is a guess among 300
+    options = ["--tasks", "cb", *options, "--steps", "60", "--learning-rate", "0.02"]
+    arguments = [*options, "--out", str(tmp_path)]
+    monkeypatch.setattr(small_t5, "tqdm", Watched)
+    with pytest.raises(KeyboardInterrupt):
+        small_t5.main([*arguments, "--checkpoint-seconds", "0"])
+    with pytest.raises(ValueError, match=r"seed: 0 \(now 1\)"):
+        small_t5.main([*arguments, "--seed", "1"])
+    loss = small_t5.main(arguments)
+    assert Watched.updates == [1] * 40 + [39] + [1] * 21  # it went on where the last checkpoint was
+    assert loss < 5.2  # nats; 5.7 is a guess among 300
+    assert loss == small_t5.main([*options, "--out", str(tmp_path / "undisturbed")])
+    weights = (folder / "model.safetensors" for folder in (tmp_path, tmp_path / "undisturbed"))
+    assert next(weights).read_bytes() == next(weights).read_bytes()
     net, _ = nets.load_t5(tmp_path)
     assert net.vocabulary == 300
     tokens = data.tokenize(["a small text"], tmp_path / "tokenizer.json", length=16)

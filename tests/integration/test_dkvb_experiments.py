@@ -1,12 +1,14 @@
 """The experiments with the key-value bottleneck: training in the dual, grids, key care, deleting a class."""
 
 import csv
+import dataclasses
 import json
 
 import numpy as np
 import pytest
 
 from experiments import dkvb, forget_class, key_care, keys
+from experiments.sweep import run_grid
 from jaxcl import bottleneck, report
 
 SMOKE = ["--preset", "smoke", "--seeds", "1", "--methods", "dkvb"]
@@ -116,6 +118,13 @@ def test_a_grid_runs_each_point_once_and_compares_them(tmp_path, capsys, monkeyp
 def test_a_grid_of_another_form_is_refused(tmp_path, entry):
     with pytest.raises(ValueError, match=r"sweep: got .*write each setting once, as codebooks=16,64"):
         run_dkvb(tmp_path, "--sweep", *entry.split())
+
+
+@pytest.mark.parametrize(("text", "value"), [("true", True), ("False", False)])
+def test_a_grid_turns_flags_on_and_off(tmp_path, text, value):
+    config = dataclasses.replace(dkvb.preset("smoke", "digits"), dual=not value, sweep=(f"dual={text}",), out=tmp_path)
+    (point,) = run_grid(config, lambda point: point)
+    assert point.dual is value
 
 
 def test_a_deleted_class_is_gone_and_others_stay(tmp_path):
