@@ -78,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> float:
         config.vocabulary, config.width, config.layers, config.layers, 4, config.width // 4, 2 * config.width,
     )  # fmt: skip
     key, init_key = jax.random.split(jax.random.key(config.seed))
-    params = net.init(init_key, tokens[:1], tokens[:1, :SPAN])
+    params = jax.jit(net.init)(init_key, tokens[:1], tokens[:1, :SPAN])
     rate = optax.warmup_cosine_decay_schedule(0, config.learning_rate, config.steps // 10, config.steps)
     tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(rate))
 

@@ -1,5 +1,7 @@
 """Answers in words: losses against a plain computation, greedy answers, a whole sequence of tasks for T5 and Llama."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,7 +19,7 @@ LLAMA = nets.Llama(24, 16, 1, 2, 1, 8, 32)
 
 def params_of(net):
     tokens = jnp.ones((1, 4), jnp.int32)
-    return net.init(jax.random.key(0), *(tokens, tokens) if net is T5 else (tokens,))
+    return jax.jit(net.init)(jax.random.key(0), *(tokens, tokens) if net is T5 else (tokens,))
 
 
 PARAMS = {net: params_of(net) for net in (T5, LLAMA)}
@@ -39,26 +41,26 @@ def log_likelihoods(net, row):
     """Of an answer's tokens, each text by itself without padding."""
     text, answer = TOKENS[row][TOKENS[row] != 0], ANSWERS[row][ANSWERS[row] != 0]
     if net is T5:
-        logits = net.apply(PARAMS[net], text[None], np.r_[0, answer[:-1]][None].astype(np.int32))[0]
+        logits = jax.jit(net.apply)(PARAMS[net], text[None], np.r_[0, answer[:-1]][None].astype(np.int32))[0]
     else:
-        logits = net.apply(PARAMS[net], np.r_[text, answer[:-1]][None].astype(np.int32))[0, len(text) - 1 :]
+        logits = jax.jit(net.apply)(PARAMS[net], np.r_[text, answer[:-1]][None].astype(np.int32))[0, len(text) - 1 :]
     return np.asarray(jax.nn.log_softmax(logits))[np.arange(len(answer)), answer]
 
 
 @both
 def test_the_loss_is_that_of_the_answers_tokens(net):
-    objective = nets.text_to_text(net, PARAMS[net], ANSWERS)
+    loss = jax.jit(partial(nets.text_to_text(net, PARAMS[net], ANSWERS).loss, nothing, ()))
     every = [log_likelihoods(net, row) for row in range(3)]
     for weights in ((1, 1, 1), (1, 0, 1)):
         expected = -np.mean(np.concatenate([terms for terms, weight in zip(every, weights, strict=True) if weight]))
-        assert_close(objective.loss(nothing, (), batch(weights))[0], expected)
+        assert_close(loss(batch(weights))[0], expected)
 
 
 @both
 def test_an_answer_is_the_class_whose_name_is_written(net):
     """And no class is, if what is written is no name."""
     objective = nets.text_to_text(net, PARAMS[net], ANSWERS)
-    logits = objective.predict(nothing, (), jnp.asarray(TOKENS))
+    logits = jax.jit(partial(objective.predict, nothing, ()))(jnp.asarray(TOKENS))
     written = nets.greedy_decode(net.apply, PARAMS[net], TOKENS, TOKENS != 0, length=3, end=1)
     expected = [
         next((k for k, answer in enumerate(ANSWERS) if np.array_equal(answer, row)), 3) for row in np.asarray(written)
