@@ -112,8 +112,7 @@ def main(argv: Sequence[str] | None = None) -> float:
             bar.update()
             if keeper.due():
                 keeper.save(tuple(state), {"losses": losses})
-    params = state[0]
-    nets.save_t5(config.out, net, params)
+    nets.save_t5(config.out, net, state[0])
     settled = float(np.mean(losses[-config.steps // 10 :]))
     print(f"Wrote {config.out}: {settled:.3f} nats a token at the end, {losses[0]:.3f} at first.")
     return settled
