@@ -6,9 +6,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.stats
-from helpers import assert_close
+from helpers import assert_close, host_mesh
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxcl import nets
+from jaxcl.nets import attention
 from jaxcl.nets.gelu import gelu
 from jaxcl.trees import parameter_count
 
@@ -27,6 +29,34 @@ def test_mlp_is_affine_maps_with_relu_between(hidden):
     np.testing.assert_allclose(net.apply(params, inputs), x, atol=1e-5)
     np.testing.assert_allclose(jax.jit(net.apply)(params, inputs), x, atol=1e-5)
     assert net.apply(params, inputs.astype(jnp.bfloat16)).shape == (6, 4)
+
+
+@pytest.mark.parametrize("split", [False, True])
+@pytest.mark.parametrize("rows", [(1, 8), (8, 1)])
+def test_attention_to_few_examples_at_a_time_is_that_to_all(monkeypatch, rows, split):
+    """Parts that examples share and parts of their own, grouped heads, and a batch that is no multiple of a few."""
+    keys = jax.random.split(jax.random.key(0), 6)
+    query = jax.random.normal(keys[0], (8, 5, 4, 3))
+    key, value = (jax.random.normal(own, (8, 6, 2, 3)) for own in keys[1:3])
+    bias = jax.random.normal(keys[3], (rows[0], 4, 5, 6))
+    mask = jax.random.bernoulli(keys[4], 0.7, (rows[1], 1, 5, 6)).at[..., 0].set(True)
+    weights = jax.random.normal(keys[5], query.shape)
+
+    def gradient(attend):
+        def weighed(query, key, value, bias):
+            return (attend(query, key, value, bias=bias, mask=mask, scale=0.7) * weights).sum()
+
+        return jax.jit(jax.value_and_grad(weighed, argnums=(0, 1, 2, 3)))
+
+    arguments = query, key, value, bias
+    expected = gradient(jax.nn.dot_product_attention)(*arguments)
+    if split:
+        of_batch = NamedSharding(host_mesh(), PartitionSpec("devices"))
+        arguments = *jax.device_put((query, key, value), of_batch), bias
+    monkeypatch.setattr(attention, "_IN_CACHE", 3 * 4 * 5 * 6)
+    few = gradient(attention.dot_product_attention)
+    assert "while" in few.lower(*arguments).as_text()
+    jax.tree.map(assert_close, few(*arguments), expected)
 
 
 def convolution(x, kernel, stride):

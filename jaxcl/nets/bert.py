@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
+from jaxcl.nets.attention import dot_product_attention
 from jaxcl.nets.gelu import gelu
 from jaxcl.nets.weights import Source, load_by_name, read_checkpoint, read_config
 from jaxcl.typing import Array, PyTree, bad_argument, check_choice, check_rank
@@ -142,7 +143,7 @@ class _Layer(nn.Module):
         query, key, value = (
             dense(width, name=name)(x).reshape(batch, length, self.heads, -1) for name in ("query", "key", "value")
         )
-        attended = jax.nn.dot_product_attention(query, key, value, mask=mask[:, None, None, :]).reshape(x.shape)
+        attended = dot_product_attention(query, key, value, mask=mask[:, None, None, :]).reshape(x.shape)
         x = norm(name="attention_norm")(x + dense(width, name="attention_output")(attended))
         inner = _ACTIVATIONS[self.activation](dense(self.hidden, name="intermediate")(x))
         return norm(name="output_norm")(x + dense(width, name="output")(inner))

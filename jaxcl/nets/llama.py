@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
+from jaxcl.nets.attention import dot_product_attention
 from jaxcl.nets.generation import KeysValues
 from jaxcl.nets.weights import is_copy, load_by_name, read_checkpoint, read_config, sources_of
 from jaxcl.typing import Array, PyTree, bad_argument, check_choice, check_rank
@@ -197,7 +198,7 @@ class _Layer(nn.Module):
         query, own = _rotate(query, angles), KeysValues(_rotate(key, angles), value)
         if past is not None:
             own = past.put(own, positions)
-        attended = jax.nn.dot_product_attention(query, *own, mask=visible).reshape(batch, length, -1)
+        attended = dot_product_attention(query, *own, mask=visible).reshape(batch, length, -1)
         x += dense(width, name="attention_output")(attended)
         normal = norm(name="intermediate_norm")(x)
         inner = nn.silu(dense(self.hidden, name="gate")(normal)) * dense(self.hidden, name="intermediate")(normal)

@@ -13,6 +13,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from jaxcl.files import write_atomic
+from jaxcl.nets.attention import dot_product_attention
 from jaxcl.nets.generation import KeysValues
 from jaxcl.nets.weights import is_copy, load_by_name, read_checkpoint, read_config, save_safetensors, sources_of
 from jaxcl.trees import leaves_by_path
@@ -251,7 +252,7 @@ class _Layer(nn.Module):
             return projected.reshape(*x.shape[:-1], self.heads, self.head_width)
 
         def attend(query: Array, to: KeysValues, bias: Array | None, visible: Array | None) -> Array:
-            attended = jax.nn.dot_product_attention(query, *to, bias=bias, mask=visible, scale=1.0)
+            attended = dot_product_attention(query, *to, bias=bias, mask=visible, scale=1.0)
             return attended.reshape(*x.shape[:-1], -1)
 
         normal = norm(name="attention_norm")(x)

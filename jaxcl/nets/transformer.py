@@ -1,10 +1,10 @@
 """A Transformer over grids of tokens."""
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 
 from jaxcl.masked_prior import smallest_radix, to_digits
+from jaxcl.nets.attention import dot_product_attention
 from jaxcl.typing import Array, bad_argument, check_rank
 
 _INITIAL = nn.initializers.normal(1.0)  # of embeddings: as large as what layers add to them
@@ -63,7 +63,7 @@ class _Block(nn.Module):
         batch, length, width = x.shape
         projected = nn.Dense(3 * width)(nn.LayerNorm()(x))
         query, key, value = jnp.moveaxis(projected.reshape(batch, length, 3, self.heads, -1), 2, 0)
-        attended = jax.nn.dot_product_attention(query, key, value)
+        attended = dot_product_attention(query, key, value)
         x += nn.Dense(width)(attended.reshape(x.shape))
         inner = nn.gelu(nn.Dense(4 * width)(nn.LayerNorm()(x)))
         return x + nn.Dense(width)(inner)

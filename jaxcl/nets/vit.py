@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxcl.nets.attention import dot_product_attention
 from jaxcl.nets.gelu import gelu
 from jaxcl.nets.weights import Source, check_images, image_side, load_by_name, read_safetensors
 from jaxcl.typing import Array, PyTree, bad_argument, check_choice
@@ -80,7 +81,7 @@ class _Layer(nn.Module):
         batch, length, width = x.shape
         projected = nn.Dense(3 * width, name="attention")(nn.LayerNorm(self.epsilon, name="attention_norm")(x))
         query, key, value = jnp.moveaxis(projected.reshape(batch, length, 3, self.heads, -1), 2, 0)
-        attended = jax.nn.dot_product_attention(query, key, value).reshape(x.shape)
+        attended = dot_product_attention(query, key, value).reshape(x.shape)
         x += nn.Dense(width, name="attention_output")(attended)
         inner = nn.Dense(self.hidden, name="intermediate")(nn.LayerNorm(self.epsilon, name="intermediate_norm")(x))
         return x + nn.Dense(width, name="output")(_ACTIVATIONS[self.activation](inner))

@@ -1,0 +1,55 @@
+"""Attention whose scores are not kept."""
+
+from functools import partial
+
+import jax
+from jax import lax
+
+from jaxcl.typing import Array
+
+_IN_CACHE = 2**19  # scores that stay in a CPU's cache
+
+
+def dot_product_attention(
+    query: Array,
+    key: Array,
+    value: Array,
+    *,
+    bias: Array | None = None,
+    mask: Array | None = None,
+    scale: float | None = None,
+) -> Array:
+    """``jax.nn.dot_product_attention``, with large scores worked out again for the gradient instead of kept.
+
+    On a CPU so few examples are taken at a time that their scores stay in cache: twice as fast as XLA's way, which
+    writes those of the whole batch and reads them again.
+
+    Args:
+        query: [B, L, N, D], of N heads.
+        key: [B, S, K, D], with N a multiple of K.
+        value: [B, S, K, D].
+        bias: Added to scores, [B, N, L, S]; the first two axes may be of 1.
+        mask: True where a query sees a key, [B, N, L, S]; all but the last axis may be of 1.
+        scale: Of scores; 1 / sqrt(D) if not given.
+
+    Returns:
+        [B, L, N, D].
+    """
+    batch, length, heads, _ = query.shape
+    own, shared = {"query": query, "key": key, "value": value}, dict[str, Array]()
+    for name, part in (("bias", bias), ("mask", mask)):
+        if part is not None:
+            (own if part.shape[0] == batch else shared)[name] = part
+    scores = heads * length * key.shape[1]  # of an example
+    if batch * scores <= _IN_CACHE:
+        return jax.nn.dot_product_attention(query, key, value, bias=bias, mask=mask, scale=scale)
+
+    attend = jax.checkpoint(partial(jax.nn.dot_product_attention, scale=scale))
+
+    def few_at_a_time(own: dict[str, Array], shared: dict[str, Array]) -> Array:
+        def one(example: dict[str, Array]) -> Array:
+            return attend(**{name: part[None] for name, part in example.items()}, **shared)[0]
+
+        return lax.map(one, own, batch_size=max(1, _IN_CACHE // scores))
+
+    return lax.platform_dependent(own, shared, cpu=few_at_a_time, default=lambda own, shared: attend(**own, **shared))
