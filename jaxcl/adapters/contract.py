@@ -91,8 +91,11 @@ def sites_of(params: PyTree, covers: Callable[[str], bool], placement: Placement
 
 def added(change: Change, x: Array) -> Array:
     """What a change [D, E] adds to a layer's outputs, [..., E], given x [..., D]."""
-    low = jnp.matmul(jnp.matmul(x, change.down.astype(x.dtype)), change.up.astype(x.dtype))
-    return low if change.past is None else low + jnp.matmul(x, change.past.astype(x.dtype))
+    rows = x.reshape(-1, x.shape[-1])  # gradients of few ranks are twice as fast from matrices, on CPUs
+    found = jnp.matmul(jnp.matmul(rows, change.down.astype(x.dtype)), change.up.astype(x.dtype))
+    if change.past is not None:
+        found += jnp.matmul(rows, change.past.astype(x.dtype))
+    return found.reshape(*x.shape[:-1], -1)
 
 
 def layer_function(changes: Mapping[str, Change], placement: Placement) -> LayerFunction:
