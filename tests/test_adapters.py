@@ -135,6 +135,16 @@ def test_merged_answers_as_summed(name, wrap):
     assert_close(wrap(NET.apply)(merged, X), wrap(partial(answers, method))(adapter, state))
 
 
+def test_a_bias_is_found_beside_its_kernel_by_the_names_of_haiku_too():
+    keys = jax.random.split(jax.random.key(0), 5)
+    w, b, down, up, x = (jax.random.normal(key, shape) for key, shape in zip(
+        keys, [(3, 4), (4,), (4, 2), (2, 4), (5, 3)], strict=True))  # fmt: skip
+    change = adapters.Change(None, down, up)
+    merged = adapters.merge({"linear": {"w": w, "b": b}}, {"linear/w": change}, "sequential")["linear"]
+    outputs = x @ w + b
+    assert_close(x @ merged["w"] + merged["b"], outputs + adapters.added(change, outputs))
+
+
 @every_method
 def test_a_new_adapter_changes_nothing(name):
     method = METHODS[name]()
@@ -404,6 +414,12 @@ def test_what_tasks_cost():
         (lambda: adapters.lora(lambda path: "query" in path, 1).init(jax.random.key(0), PARAMS), "no match among"),
         (lambda: adapters.lora(lambda path: "bias" in path, 1).init(jax.random.key(0), PARAMS), "covers: got leaves"),
         (lambda: adapters.merge(PARAMS, {"params/x": None}, "parallel"), "changes: got sites"),
+        (
+            lambda: adapters.merge(
+                {"v": jnp.ones((2, 2))}, {"v": adapters.Change(None, *[jnp.ones((2, 2))] * 2)}, "sequential"
+            ),
+            "changes: got site 'v'; name kernels as one of",
+        ),
     ],
 )
 def test_bad_arguments_are_named(make, match):

@@ -16,7 +16,7 @@ from experiments.card import Card
 
 D = 128
 PRODUCT_BLOCK = 1024  # codes
-CARDS = {"": Card("5 min", "SimVQ 2.7 to 3.2 times as fast (its product alone allows 3.7 to 4.1), EMA VQ 11 times")}
+CARDS = {"": Card("5 min", "SimVQ 2.7 to 3.2 times as fast (its product alone allows 3.5 to 4.0), EMA VQ 12 times")}
 
 
 def _vectors(count: int) -> np.ndarray:

@@ -13,6 +13,7 @@ from jaxcl.typing import Array, Key, PyTree, bad_argument
 Placement = Literal["parallel", "sequential"]
 LayerFunction = Callable[[str, Array, Array], Array]
 # (path of a layer's kernel, inputs [..., I], outputs [..., O]) -> outputs [..., O]
+_BIASES = {"kernel": "bias", "w": "b"}  # beside kernels of these names: Flax's and Haiku's
 
 
 class Site(NamedTuple):
@@ -110,12 +111,13 @@ def layer_function(changes: Mapping[str, Change], placement: Placement) -> Layer
 
 
 def merge(params: PyTree, changes: Mapping[str, Change], placement: Placement) -> PyTree:
-    """The network's parameters with changes merged into its kernels [I, O] and biases [O], for any framework.
+    """The network's parameters with changes merged into its kernels [I, O] and biases [O].
 
-    It answers as the network with the changes beside it, at no cost of theirs; both kinds are linear.
+    It answers as the network with the changes beside it, at no cost of theirs; both kinds are linear. Sequential ones
+    change biases too, which lie beside their kernels: "bias" where the site is "kernel", "b" where it is "w".
 
     Raises:
-        ValueError: a site that the parameters have not.
+        ValueError: a site that the parameters have not, or whose bias cannot be told.
     """
     leaves, merged = leaves_by_path(params), {}
     if unknown := changes.keys() - leaves.keys():
@@ -125,7 +127,10 @@ def merge(params: PyTree, changes: Mapping[str, Change], placement: Placement) -
         if placement == "parallel":
             merged[path] = leaves[path] + both.astype(leaves[path].dtype)
             continue
-        for own in (path, path.removesuffix("kernel") + "bias"):
+        folder, slash, name = path.rpartition("/")
+        if name not in _BIASES:
+            raise bad_argument("changes", f"site {path!r}", f"name kernels as one of {sorted(_BIASES)}, to find biases")
+        for own in (path, folder + slash + _BIASES[name]):
             if own in leaves:
                 merged[own] = leaves[own] + product(leaves[own], both).astype(leaves[own].dtype)
     return replace_leaves(params, merged)
