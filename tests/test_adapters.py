@@ -115,7 +115,7 @@ def test_a_training_step_of_o_lora(name):
         return task_loss + penalty, (out, task_loss, metrics["overlap"])
 
     new = {f"{n}/kernel": of_site(n, "new") for n in "qv"}
-    (total, (out, task_loss, overlap)), gradient = jax.value_and_grad(losses, has_aux=True)(new)
+    (total, (out, task_loss, overlap)), gradient = jax.jit(jax.value_and_grad(losses, has_aux=True))(new)
     assert_close(out, arrays["out"])
     assert_close(task_loss, arrays["task_loss"])
     assert_close(overlap, arrays["orthogonal_loss"])
@@ -253,9 +253,9 @@ def test_one_strength_serves_all_widths(width):
     """A loss that wants the new directions where the old ones are, and a penalty of strength 1 that keeps them off."""
     method = adapters.oa_adapter(lambda path: True, 8, 2, orthogonal_to="outputs", strength=1.0, gates="fixed")
     params = {"kernel": jnp.zeros((4, width))}
-    adapter, state = method.init(jax.random.key(0), params)
+    adapter, state = jax.jit(method.init)(jax.random.key(0), params)
     old = {"kernel": adapter["kernel"]._replace(up=jax.random.normal(jax.random.key(1), (8, width)) / width**0.5)}
-    adapter, state = method.commit(jax.random.key(2), old, state)
+    adapter, state = jax.jit(method.commit)(jax.random.key(2), old, state)
     mixed = old["kernel"].up + jax.random.normal(jax.random.key(3), (8, width)) / width**0.5
     adapter = {"kernel": adapter["kernel"]._replace(up=mixed)}
     tx = optax.adam(2e-3)
@@ -268,11 +268,11 @@ def test_one_strength_serves_all_widths(width):
         updates, opt_state = tx.update(jax.grad(loss)(adapter), opt_state)
         return optax.apply_updates(adapter, updates), opt_state
 
-    opt_state = tx.init(adapter)
-    assert method.penalty(adapter, state)[1]["overlap"] > 0.4
+    opt_state, penalty = jax.jit(tx.init)(adapter), jax.jit(method.penalty)
+    assert penalty(adapter, state)[1]["overlap"] > 0.4
     for _ in range(300):
         adapter, opt_state = step(adapter, opt_state)
-    assert method.penalty(adapter, state)[1]["overlap"] <= 0.01
+    assert penalty(adapter, state)[1]["overlap"] <= 0.01
     assert jnp.square(adapter["kernel"].up).sum() > 4  # and not by vanishing
 
 
@@ -333,11 +333,11 @@ def test_a_rank_that_is_off_comes_back_only_with_revival(revival):
         updates, opt_state = tx.update(jax.grad(loss)(adapter), opt_state)
         return optax.apply_updates(adapter, updates), opt_state
 
-    assert (jax.grad(loss)(adapter)[SECOND].gate[1] != 0) == revival
-    opt_state, first = tx.init(adapter), float(loss(adapter))
+    assert (jax.jit(jax.grad(loss))(adapter)[SECOND].gate[1] != 0) == revival
+    opt_state, first, track = tx.init(adapter), float(loss(adapter)), jax.jit(method.track)
     for _ in range(300):
         adapter, opt_state = step(adapter, opt_state)
-        state = method.track(adapter, state)
+        state = track(adapter, state)
     on = [event for event in adapters.switches(state) if event["rank"] == 1]
     if revival:
         assert loss(adapter) < 0.1 * first

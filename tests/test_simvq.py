@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import assert_close, both_ways, golden, numerical_gradient, plain
+from helpers import assert_close, both_ways, golden, numerical_gradient
 
 from jaxcl import quantize as q
 
@@ -18,16 +18,21 @@ def normal(seed, *shape):
 # Recorded values (goldens/README)
 
 
-def loss_and_gradients(quantizer, params, state, x, weights, *, commitment, codebook, wrap=plain):
+def step_of(quantizer, wrap):
     """What the records differentiate: `sum(P * output) + loss`, means over elements; loss, gradients, output."""
 
-    def total(params, x):
+    def total(params, x, state, weights, commitment, codebook):
         out = quantizer.quantize(params, state, x)
         loss = (commitment * out.commitment_loss + codebook * out.codebook_loss).mean() / x.shape[-1]
         return (weights * out.codes).sum() + loss, (loss, out)
 
-    gradients, (loss, out) = wrap(jax.grad(total, argnums=(0, 1), has_aux=True))(params, x)
-    return loss, gradients, out
+    gradients_of = wrap(jax.grad(total, argnums=(0, 1), has_aux=True))
+
+    def step(*arguments):
+        gradients, (loss, out) = gradients_of(*arguments)
+        return loss, gradients, out
+
+    return step
 
 
 @pytest.mark.parametrize("name", ["simvq_official_1d", "simvq_official_2d"])
@@ -41,19 +46,15 @@ def test_the_authors_steps(name, form, wrap):
     x, weights = (jnp.moveaxis(jnp.asarray(arrays[name]), 1, -1) for name in ("z", "P"))
     terms = {"legacy": (1.0, meta["beta"]), "fixed": (meta["beta"], 1.0)}[form]
 
-    def step(weights):
-        return loss_and_gradients(
-            quantizer, params, arrays["codebook"], x, weights, commitment=terms[0], codebook=terms[1], wrap=wrap
-        )
-
-    loss, (grads, grad_x), out = step(weights)
+    step = step_of(quantizer, wrap)
+    loss, (grads, grad_x), out = step(params, x, arrays["codebook"], weights, *terms)
     np.testing.assert_array_equal(np.ravel(out.indices), arrays["indices"].ravel())
     assert_close(np.moveaxis(np.asarray(out.codes), -1, 1), arrays[f"zq_{form}"])
     assert_close(loss, arrays[f"commit_{form}"])
     assert_close(np.moveaxis(np.asarray(grad_x), -1, 1), arrays[f"grad_z_{form}"])
     assert_close(grads["basis"][0]["kernel"].T, arrays[f"grad_W_{form}"])
     assert_close(grads["basis"][0]["bias"], arrays[f"grad_b_{form}"])
-    _, (_, of_loss), _ = step(jnp.zeros_like(weights))
+    _, (_, of_loss), _ = step(params, x, arrays["codebook"], jnp.zeros_like(weights), *terms)
     assert_close(np.moveaxis(np.asarray(of_loss), -1, 1), arrays[f"grad_z_commit_only_{form}"])
     table = quantizer.lookup(params, arrays["codebook"], jnp.arange(meta["n_e"]))
     assert_close(table, arrays["projected_codebook"])
@@ -65,16 +66,15 @@ def test_the_steps_of_vector_quantize_pytorch(form, gradient, wrap):
     arrays, meta = golden("simvq_lucidrains")
     quantizer = q.simvq(meta["codebook_size"], meta["dim"], bias=False, gradient=gradient)
     params, state = {"basis": [{"kernel": jnp.asarray(arrays["W"].T)}]}, arrays["frozen_codebook"]
-    terms = {"commitment": meta["input_to_quantize_commit_loss_weight_used"], "codebook": 1.0}
+    commitment, step = meta["input_to_quantize_commit_loss_weight_used"], step_of(quantizer, wrap)
     x, weights = jnp.asarray(arrays["x"]), jnp.asarray(arrays["P"])
-    loss, (grads, grad_x), out = loss_and_gradients(quantizer, params, state, x, weights, **terms, wrap=wrap)
+    loss, (grads, grad_x), out = step(params, x, state, weights, commitment, 1.0)
     np.testing.assert_array_equal(out.indices, arrays["indices"])
     assert_close(out.codes, arrays[f"quantized_{form}"])
     assert_close(loss, arrays[f"loss_{form}"])
     assert_close(grad_x, arrays[f"grad_x_{form}"])
     assert_close(grads["basis"][0]["kernel"].T, arrays[f"grad_W_{form}"])
-    no_loss = {"commitment": 0.0, "codebook": 0.0}
-    _, (_, passed), _ = loss_and_gradients(quantizer, params, state, x, weights, **no_loss, wrap=wrap)
+    _, (_, passed), _ = step(params, x, state, weights, 0.0, 0.0)
     assert_close(passed, arrays[f"grad_x_quantized_only_{form}"])
     assert_close(quantizer.lookup(params, state, out.indices), arrays["indices_to_codes"])
 
@@ -138,10 +138,15 @@ def test_the_codebook_loss_moves_all_that_learns_and_nothing_else(hidden, train_
 def test_a_step_on_one_vector_moves_every_code():
     """What SimVQ is for: vanilla VQ moves the chosen code alone."""
     quantizer, x = q.simvq(50, 6), normal(0, 1, 6)
-    params, state = quantizer.init(jax.random.key(1))
-    grads = jax.grad(lambda params: quantizer.quantize(params, state, x).codebook_loss.sum())(params)
-    moved = jax.tree.map(lambda param, grad: param - 0.1 * grad, params, grads)
-    before, after = (quantizer.lookup(p, state, jnp.arange(50)) for p in (params, moved))
+    params, state = jax.jit(quantizer.init)(jax.random.key(1))
+
+    @jax.jit
+    def tables(params):
+        grads = jax.grad(lambda params: quantizer.quantize(params, state, x).codebook_loss.sum())(params)
+        moved = jax.tree.map(lambda param, grad: param - 0.1 * grad, params, grads)
+        return [quantizer.lookup(p, state, jnp.arange(50)) for p in (params, moved)]
+
+    before, after = tables(params)
     assert (np.abs(np.asarray(after - before)).max(axis=-1) > 0).all()
 
 

@@ -54,7 +54,7 @@ def test_devices_and_processes_do_not_change_the_accuracy(tmp_path):
 
 def test_a_process_that_dies_stops_the_other_and_the_run_goes_on_later(tmp_path):
     out = tmp_path / "run"
-    options = ["--methods", "naive", "--epochs", "10", "--checkpoint-seconds", "0"]
+    options = ["--methods", "naive", "--epochs", "4", "--checkpoint-seconds", "0"]
     for victim in (1, 0):
         saved = newest_checkpoint(out)
         processes = start_two(out, *options)
