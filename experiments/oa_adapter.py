@@ -40,7 +40,11 @@ CARDS = {
         "23 min beside other work",
         "permuted pixels, ACC %: adapters 23 to 35, fine-tuning 40, replay 65, joint 89",
     ),
-    "--preset cpu --data short": Card("not measured", "not measured"),
+    "--preset cpu --data short": Card(
+        "3 hours",
+        "ACC % by class means: OA-Adapter off inputs 63.0 with 7.2 of 16 ranks, O-LoRA 59.3, off outputs 58.4, "
+        "frozen 57.2, one LoRA 52.2, joint 67.4",
+    ),
     "--preset cpu --data long": Card("not measured", "not measured"),
     "--preset paper --data short --model t5:PATH": Card(
         "not measured; it takes an accelerator", "O-LoRA's schedule for T5-large and LLaMA-7B, on the texts at hand"

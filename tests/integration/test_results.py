@@ -31,14 +31,15 @@ def test_a_run_is_kept_under_its_name_and_told(tmp_path, monkeypatch):
     claim = results.CLAIMS[0]
     document = results.read_run(claim.run)
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "metrics.json").write_text(json.dumps(document | {"seconds": 60.0}))
+    costs = {"ibm": {"seconds": {"values": [20.0, 40.0]}}}
+    (tmp_path / "run" / "metrics.json").write_text(json.dumps(document | {"costs": costs}))
     (tmp_path / "README.md").write_text("before\n" + "".join(results.MARKS) + "after\n")
     for kept in results.PUBLISHED.glob("*.json"):
         (tmp_path / kept.name).write_bytes(kept.read_bytes())
     monkeypatch.setattr(results, "PUBLISHED", tmp_path)
     results.main(["--keep", f"{claim.run}={tmp_path / 'run'}", "--readme", str(tmp_path / "README.md")])
     kept = json.loads((tmp_path / f"{claim.run}.json").read_text())
-    assert kept["seconds"] == 60.0 and kept["config"]["out"] == f"runs/{claim.run}"
+    assert kept["results"] == document["results"] and kept["config"]["out"] == f"runs/{claim.run}"
     text = (tmp_path / "README.md").read_text()
     assert text.startswith("before\n") and text.endswith("after\n")
     assert f"| 1 | `python -m {claim.command}` |" in text
