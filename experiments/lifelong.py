@@ -32,7 +32,7 @@ from jaxcl.masks import Masked, MaskMethod
 from jaxcl.typing import Array, Key, PyTree
 
 CARDS = {
-    "--preset smoke": Card("not measured", "that it runs"),
+    "--preset smoke": Card("1 min", "that it runs"),
     "--preset cpu": Card("not measured", "not measured"),
     "--preset paper": Card("not measured", "nothing is published; ten seeds"),
 }

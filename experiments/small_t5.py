@@ -28,7 +28,7 @@ from jaxcl.continual import Checkpoint, sharding
 from jaxcl.continual.checkpoints import Checkpoints
 from jaxcl.typing import Array, Key, PyTree, bad_argument, check_at_least
 
-CARDS = {"": Card("not measured", "a folder with a T5 that has seen no labels")}
+CARDS = {"": Card("17 min", "a folder with a T5 that has seen no labels: 5.0 nats a token in the end, 8.9 at first")}
 PADDING, END, UNKNOWN, LEFT_OUT = range(4)
 SPECIAL = ("<pad>", "</s>", "<unk>", "<extra_id_0>")
 SPAN = 6  # tokens left out of a text, and their end
