@@ -33,7 +33,11 @@ from jaxcl.typing import Array, Key, PyTree
 
 CARDS = {
     "--preset smoke": Card("1 min", "that it runs"),
-    "--preset cpu": Card("not measured", "not measured"),
+    "--preset cpu": Card(
+        "6 min",
+        "ACC % and kB of the file: IBM 97.1 in 116, one network a task 97.6 in 966, WSN 94.5 in 89, PackNet 90.2 in "
+        "100, DKVB 86.5 in 1,311, ER 81.6 in 50, naive 26.1",
+    ),
     "--preset paper": Card("not measured", "nothing is published; ten seeds"),
 }
 Method = Literal[
