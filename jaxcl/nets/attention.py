@@ -21,8 +21,8 @@ def dot_product_attention(
 ) -> Array:
     """``jax.nn.dot_product_attention``, with large scores worked out again for the gradient instead of kept.
 
-    On a CPU so few examples are taken at a time that their scores stay in cache: twice as fast as XLA's way, which
-    writes those of the whole batch and reads them again.
+    On a CPU so few examples are taken at a time that their scores stay in cache; XLA alone would write those of the
+    whole batch and read them again.
 
     Args:
         query: [B, L, N, D], of N heads.
