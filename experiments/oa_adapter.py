@@ -35,7 +35,7 @@ from jaxcl.continual.strategies import Features
 from jaxcl.typing import Array, Key, PyTree, bad_argument
 
 CARDS = {
-    "--preset smoke": Card("2 min", "that it runs"),
+    "--preset smoke": Card("1 min", "that it runs"),
     "--preset cpu": Card(
         "23 min beside other work",
         "permuted pixels, ACC %: adapters 23 to 35, fine-tuning 40, replay 65, joint 89",
