@@ -1,8 +1,9 @@
 """Keys under drift: a key-value bottleneck whose keys are cared for, beside the same one whose keys stay as fitted.
 
-Keys are fitted, without labels, to what the first task shows; then other data streams in: the same images turned, or
-other classes. Values learn on all of it. Key care puts spare keys where the new data is and lets each begin with the
-value of the key that was nearest (bottleneck.care_for_keys). Three ways are compared:
+Keys are fitted, without labels, to what the first task shows, but for a fifth, which tells how far from the keys such
+data lie; then other data streams in: the same images turned, or other classes. Values learn on all of it. Key care puts
+spare keys where the new data is and lets each begin with the value of the key that was nearest
+(bottleneck.care_for_keys). Three ways are compared:
 
 * all_keys: no care, and no key spared: all are fitted to the first task;
 
@@ -127,8 +128,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         with run.bar(method, config.seeds * (config.key_epochs + 2 * config.epochs), "epoch") as bar:
             for seed, (stream, (_, init_key, run_key)) in enumerate(zip(tasks, keys, strict=True)):
                 first = jnp.asarray(stream.train.inputs[stream.train_sets[0].rows])
-                values, state, _ = fit_keys(run, method, layer, fitting, first, init_key, seed, bar)
-                reference = jax.jit(bottleneck.reference_distances, static_argnums=0)(layer, values, state, first)
+                held_out, shown = jnp.split(first, [len(first) // 5])
+                values, state, _ = fit_keys(run, method, layer, fitting, shown, init_key, seed, bar)
+                reference = jax.jit(bottleneck.reference_distances, static_argnums=0)(layer, values, state, held_out)
                 strategy = continual.cared_key_value_bottleneck(
                     layer,
                     state,

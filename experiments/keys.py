@@ -88,12 +88,13 @@ def train_bottleneck(
     if dual and decoder:
         raise bad_argument("dual", dual, "a decoder is trained without it: leave one of the two out")
     shown = jnp.asarray(tasks[0].train.inputs if source is None else source)
-    indexed = _fit_and_look_up(run, name, layer, fitting, shown.reshape(-1, shown.shape[-1]), tasks, init_keys)
+    fitting_keys, decoder_keys = zip(*map(jax.random.split, init_keys), strict=True)
+    indexed = _fit_and_look_up(run, name, layer, fitting, shown.reshape(-1, shown.shape[-1]), tasks, fitting_keys)
     params, stages = [seed.params for seed in indexed], [seed.stage for seed in indexed]
     if decoder:
         params = [
-            _with_decoder(jax.random.fold_in(key, 1), decoder, layer, values, seed.stream)
-            for key, values, seed in zip(init_keys, params, indexed, strict=True)
+            _with_decoder(key, decoder, layer, values, seed.stream)
+            for key, values, seed in zip(decoder_keys, params, indexed, strict=True)
         ]
     looked_up = [seed.stream for seed in indexed]
     if dual:
@@ -163,10 +164,10 @@ def fit_keys(
         bar: told of each pass.
     """
     began, path = time.perf_counter(), run.checkpoints(name) / f"keys_{seed}.npz"
-    init_key, *epoch_keys = jax.random.split(key, 1 + fitting.epochs)
+    init_key, projection_key, *epoch_keys = jax.random.split(key, 2 + fitting.epochs)
     values, state = layer.init(init_key)
     if fitting.share is not None:
-        state = bottleneck.learn_projection(jax.random.fold_in(key, 2), state, source, share=fitting.share)
+        state = bottleneck.learn_projection(projection_key, state, source, share=fitting.share)
     done, before = 0, 0.0
     if saved := load_tree(path, (state, {"done": np.zeros(2)})):
         state, done, before = saved[0], int(saved[1]["done"][0]), float(saved[1]["done"][1])

@@ -67,7 +67,8 @@ def preset(name: Any, data: str) -> Config:
             examples=3,
         )  # fmt: skip
     if name == "paper":
-        # Zhu et al. 2025, section 5: codes of width 512 at 75 Hz in batches of 64, 500,000 steps of Adam at 1e-4.
+        # Zhu et al. 2025, section 5: codes of width 512 in batches of 64, 500,000 steps of Adam at 1e-4. They have 75
+        # tokens a second of speech at 24 kHz; these clips have 8 kHz, of which --strides makes 200 a second.
         return dataclasses.replace(
             config, rows=("vq:4096", "simvq:4096", "simvq:65536", "simvq:262144"), steps=500_000, batch_size=64,
             learning_rate=1e-4, quantizer_rate=1.0, commitment_weight=0.25, basis_decay=0.0, width=512, channels=32,

@@ -6,6 +6,7 @@ data order. Each is trained with checkpoints, measured once at the end, and kept
 
 import dataclasses
 import io
+import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,7 +28,7 @@ from jaxcl.continual.checkpoints import Checkpoint, Checkpoints
 from jaxcl.continual.sharding import Layout
 from jaxcl.quantize import Quantizer
 from jaxcl.tokenizer import Adversary, Network, TrainState
-from jaxcl.typing import Array, ArrayLike, PyTree, RandomAccess, bad_argument, check_at_least, check_choice
+from jaxcl.typing import Array, ArrayLike, Key, PyTree, RandomAccess, bad_argument, check_at_least, check_choice
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -65,7 +66,7 @@ class TokenizerConfig(BaseConfig):
     validation: bool = False
     """Measure on a fifth of the training set, held out, instead of the test set: for choosing settings."""
     limit: int | None = None
-    """Use only the first so many training examples and a fifth as many test examples."""
+    """Use only so many training examples and a fifth as many test examples: the first images, or clips at random."""
     examples: int = 8
     """Test examples shown in the report, from all over the test set."""
     prior_row: str | None = None
@@ -110,41 +111,46 @@ def bits_of(codes: int) -> int:
     return codes.bit_length() - 1
 
 
-def _lfq(codes: int, config: TokenizerConfig) -> Choice:
+def _lfq(codes: int, config: TokenizerConfig, vectors: int) -> Choice:
     bits = bits_of(codes)
 
     def entropies(params: PyTree, features: Array, mask: Array | None) -> Array:
         layer = params["down"]
         each, together = quantize.lfq_entropies(features @ layer["kernel"] + layer["bias"], mask)
-        return 0.1 * (each.mean() - together)  # Yu et al. 2023, appendix
+        count = each.size if mask is None else jnp.maximum(mask.sum(), 1)
+        return 0.1 * (each.sum() / count - together)  # Yu et al. 2023, appendix
 
     return Choice(quantize.projected(quantize.lfq(bits), config.width, bits), entropies)
 
 
-def _simvq(codes: int, config: TokenizerConfig) -> Choice:
+def _simvq(codes: int, config: TokenizerConfig, vectors: int) -> Choice:
     def decay(params: PyTree, features: Array, mask: Array | None) -> Array:
         return config.basis_decay * jnp.square(params["basis"][0]["kernel"]).mean()
 
     return Choice(quantize.simvq(codes, config.width), decay)
 
 
-def _ema_vq(codes: int, config: TokenizerConfig) -> Choice:
-    # A code counts as dead if it has less than a tenth of an even share of a batch.
-    return Choice(quantize.ema_vq(codes, config.width, decay=0.99, dead_threshold=0.1, gradient="straight_through"))
+def _ema_vq(codes: int, config: TokenizerConfig, vectors: int) -> Choice:
+    even = vectors / codes  # share of a step's vectors; a code with less than a tenth of it counts as dead
+    return Choice(
+        quantize.ema_vq(
+            codes, config.width, decay=0.99, dead_threshold=even / 10, reset_count=even, gradient="straight_through"
+        )
+    )
 
 
-def _factorised_vq(codes: int, config: TokenizerConfig) -> Choice:
+def _factorised_vq(codes: int, config: TokenizerConfig, vectors: int) -> Choice:
     narrow = quantize.vq(codes, FACTORISED_WIDTH, metric="cosine")
     return Choice(quantize.projected(narrow, config.width, FACTORISED_WIDTH))
 
 
-def _fsq(codes: int, config: TokenizerConfig) -> Choice:
+def _fsq(codes: int, config: TokenizerConfig, vectors: int) -> Choice:
     levels = levels_of(codes)
     return Choice(quantize.projected(quantize.fsq(levels), config.width, len(levels)))
 
 
-QUANTIZERS: dict[str, Callable[[int, TokenizerConfig], Choice]] = {
-    "vq": lambda codes, config: Choice(quantize.vq(codes, config.width)),
+QUANTIZERS: dict[str, Callable[[int, TokenizerConfig, int], Choice]] = {  # of codes, settings, vectors in a step
+    "vq": lambda codes, config, vectors: Choice(quantize.vq(codes, config.width)),
     "ema_vq": _ema_vq,
     "factorised_vq": _factorised_vq,
     "fsq": _fsq,
@@ -158,9 +164,14 @@ def run(config: TokenizerConfig, experiment: str, material: Material) -> dict[st
     check_at_least("seeds", config.seeds, 1)
     check_at_least("steps", config.steps, 1)
     check_at_least("rows", len(config.rows), 1)
-    rows = {name: _parse(name, config) for name in config.rows}  # so that a misspelt one is told before any work
+    vectors = _vectors(config, material)
+    rows = {name: _parse(name, config, vectors) for name in config.rows}  # a misspelt one is told before any work
     if config.prior_row is not None:
         check_choice("prior_row", config.prior_row, rows)
+        if material.mask is not None:
+            raise bad_argument(
+                "prior_row", config.prior_row, "leave it out: a prior knows no empty positions, as of clips"
+            )
     began = time.perf_counter()
     settings = claim_folder(config)
     if (document := finished_before(config.out)) is not None:
@@ -330,8 +341,10 @@ class _Row:
         return state._replace(params=state.params | {"quantizer": params}, state=own)
 
     def _features(self, state: TrainState, rows: np.ndarray) -> Array:
-        inputs, _ = self._batch(self._material.train, rows)
-        return jax.jit(self._material.encoder.apply)(state.params["encoder"], inputs)
+        """[rows, ..., D], NaN where a position holds nothing, so that no code is placed there."""
+        inputs, mask = self._batch(self._material.train, rows)
+        features = jax.jit(self._material.encoder.apply)(state.params["encoder"], inputs)
+        return features if mask is None else jnp.where(mask[..., None], features, jnp.nan)
 
     def _usage(self, state: TrainState, bar: "tqdm[Any]") -> tuple[dict[str, float], float]:
         """Of one pass over the training set, which goes on where it was broken off; and the seconds before that."""
@@ -397,13 +410,25 @@ def _times(factor: float) -> optax.GradientTransformation:
     return optax.stateless(scale)
 
 
-def _parse(row: str, config: TokenizerConfig) -> tuple[int, Choice]:
+def _vectors(config: TokenizerConfig, material: Material) -> int:
+    """How many vectors a training step quantizes."""
+
+    def features(key: Key, images: Array) -> Array:
+        inputs = material.prepare(images)
+        return material.encoder.apply(material.encoder.init(key, inputs), inputs)
+
+    stored = np.asarray(material.train[np.arange(1)])
+    batch = jax.ShapeDtypeStruct((config.batch_size, *stored.shape[1:]), stored.dtype)
+    return math.prod(jax.eval_shape(features, jax.random.key(0), batch).shape[:-1])
+
+
+def _parse(row: str, config: TokenizerConfig, vectors: int) -> tuple[int, Choice]:
     """Codes and quantizer of a row."""
     method, _, codes = row.partition(":")
     check_choice("rows", method, QUANTIZERS)
     if not codes.isdecimal():
         raise bad_argument("rows", row, "write it as simvq:65536")
-    return int(codes), QUANTIZERS[method](int(codes), config)
+    return int(codes), QUANTIZERS[method](int(codes), config, vectors)
 
 
 def _pieces(count: int, size: int) -> list[np.ndarray]:

@@ -292,7 +292,7 @@ def fit_by_numpy(made_with, state, points, key):
     epsilon = 1e-5 if authors else 0.0
     codebook, counts, sums = (np.array(part, np.float64) for part in state)
     replaced = np.zeros(counts.shape, bool)
-    for c, x in enumerate(points):
+    for c, (own_key, x) in enumerate(zip(jax.random.split(key, len(points)), points, strict=True)):
         chosen = np.argmin(((x[:, None] - codebook[c][None]) ** 2).sum(axis=-1), axis=-1)
         for pair in range(counts.shape[1]):
             mine = x[chosen == pair]
@@ -307,7 +307,8 @@ def fit_by_numpy(made_with, state, points, key):
         even_load = points.shape[1] / counts.shape[1] if authors else counts[c].mean()
         dead = counts[c] < share * even_load
         rows, served = (
-            np.asarray(part) for part in quantize.draw_replacements(key, jnp.asarray(x, jnp.float32), jnp.asarray(dead))
+            np.asarray(part)
+            for part in quantize.draw_replacements(own_key, jnp.asarray(x, jnp.float32), jnp.asarray(dead))
         )
         codebook[c][served], replaced[c] = rows[served], served
         if not authors:
@@ -332,6 +333,40 @@ def test_key_fitting_equals_numpy(averages, dead_share):
         for actual, wanted in zip(state.keys, expected, strict=True):
             assert_close(actual, wanted)
     assert (0 < np.mean(replaced) < 1) == (dead_share > 0)
+
+
+@pytest.mark.parametrize("averages", ["sound", "authors"])
+def test_features_that_are_not_finite_fit_no_key(averages):
+    features = np.random.default_rng(2).standard_normal((24, 6), np.float32)
+    spoilt = np.concatenate([features, np.full((1, 6), np.nan, np.float32), np.full((1, 6), np.inf, np.float32)])
+    made, params, state, _ = random_bottleneck(decay=0.8, dead_share=0.0, averages=averages)
+    plain, other = (jax.jit(made.fit_keys)(jax.random.key(0), params, state, x) for x in (features, spoilt))
+    jax.tree.map(assert_close, plain.keys, other.keys)
+    replacing, *_ = random_bottleneck(decay=0.8, dead_share=1.0, averages=averages)
+    replaced = jax.jit(replacing.fit_keys)(jax.random.key(0), params, state, spoilt).keys.codebook
+    assert np.isfinite(replaced).all() and not np.array_equal(replaced, plain.keys.codebook)
+
+
+@pytest.mark.parametrize("affine", [False, True])
+def test_keys_that_were_placed_are_fitted_on_from_there(affine):
+    """More keys than heads in a batch: what a batch does not choose is not dead."""
+    made = bn.discrete_key_value_bottleneck(6, 2, codebooks=3, pairs=128, key_width=2)
+    features = jax.random.normal(jax.random.key(0), (2000, 6))
+    params, state = made.init(jax.random.key(1))
+    if affine:
+        placed = bn.fit_simvq_keys(jax.random.key(2), made, state, features)
+    else:
+        placed = jax.jit(functools.partial(made.place, iterations=5))(jax.random.key(2), params, state, features)
+
+    def distance(state):
+        return float(made.distances(state, features, made.lookup(params, state, features)).mean())
+
+    fit, fitted = jax.jit(made.fit_keys), placed
+    for number in range(4):
+        fitted = fit(jax.random.key(number), params, fitted, features[32 * number : 32 * number + 32])
+    assert distance(fitted) < 1.1 * distance(placed)
+    moved = np.abs(fitted.keys.codebook - placed.keys.codebook).max(axis=-1) > 1
+    assert moved.mean() < 0.1
 
 
 def test_fitted_keys_lie_in_clusters_and_all_are_used():

@@ -34,10 +34,10 @@ def fitted():
     return layer, params, state, reference, features
 
 
-def care(state, features, policy=bn.KeyPolicy(), seed=3):  # noqa: B008
+def care(state, features, policy=bn.KeyPolicy(), seed=3, mask=None):  # noqa: B008
     layer, params, _, reference, _ = fitted()
     call = jax.jit(functools.partial(bn.care_for_keys, bottleneck=layer, policy=policy))
-    return call(jax.random.key(seed), params=params, state=state, reference=reference, features=features)
+    return call(jax.random.key(seed), params=params, state=state, reference=reference, features=features, mask=mask)
 
 
 def drifted(count=200):
@@ -90,7 +90,9 @@ def test_keys_are_placed_as_each_codebook_would_be(iterations):
         expected = quantize.place_codes(own, before, heads[c], iterations=iterations, metric="euclidean")
         assert_close(placed.keys.codebook[c, :in_play], expected, 1e-5)
     np.testing.assert_array_equal(placed.keys.codebook[:, in_play:], state.keys.codebook[:, in_play:])
-    assert not placed.keys.counts.any() and not placed.keys.sums.any()
+    # Each counts as one head, but for those in reserve.
+    np.testing.assert_array_equal(placed.keys.counts, state.active)
+    np.testing.assert_array_equal(placed.keys.sums, placed.keys.codebook * state.active[..., None])
 
 
 def test_k_means_brings_keys_nearer():
@@ -193,9 +195,36 @@ def test_a_call_places_as_many_as_the_policy_says_and_the_next_goes_on():
 
 def test_a_batch_with_few_far_heads_gives_few_keys():
     _, _, state, _, features = fitted()
-    batch = jnp.concatenate([features[:10], drifted(2)])
-    _, _, told = care(state, batch, bn.KeyPolicy(shift=0.0))
-    assert (told.placed <= 3).all() and (told.placed >= 2).all()
+    batch = jnp.concatenate([features[:10], drifted(20)])
+    _, _, told = care(state, batch)
+    assert (told.placed == SPARE).all()
+    _, _, told = care(state, batch, mask=(jnp.arange(30) >= 8) & (jnp.arange(30) < 16))
+    assert (told.placed <= 7).all() and (told.placed >= 6).all()
+
+
+def test_a_shift_that_chance_may_give_so_small_a_batch_wakes_no_key():
+    _, _, state, _, features = fitted()
+    batch = jnp.concatenate([features[:30], drifted(10)])
+    _, _, told = care(state, batch)
+    assert told.health.shift.min() > 0.15 and told.above == pytest.approx((np.log(1000) / 80) ** 0.5)
+    np.testing.assert_array_equal(told.placed > 0, told.health.shift > told.above)
+    assert not told.placed.all()
+    _, _, told = care(state, jnp.concatenate([batch] * 4))
+    assert told.placed.all()
+
+
+def test_held_out_features_are_the_reference_that_gives_no_false_alarm():
+    layer = bn.discrete_key_value_bottleneck(
+        FEATURES, CLASSES, codebooks=CODEBOOKS, pairs=200, key_width=WIDTH, projection="chunk"
+    )
+    shown, held_out, fresh = jax.random.normal(jax.random.key(20), (3, 1000, FEATURES))
+    params, state = layer.init(jax.random.key(0))
+    state = jax.jit(functools.partial(layer.place, iterations=5))(jax.random.key(1), params, state, shown)
+    shift = [
+        float(bn.check_keys(layer, params, state, bn.reference_distances(layer, params, state, of), fresh).shift.max())
+        for of in (shown, held_out)
+    ]
+    assert shift[0] > 0.15 and shift[1] < 0.1
 
 
 def test_decisions_are_told_with_their_causes():

@@ -9,6 +9,7 @@ from jax import lax
 from jaxcl.bottleneck.layer import Bottleneck, KeyState
 from jaxcl.nearest import nearest_codes
 from jaxcl.quantize import initial_averages
+from jaxcl.quantize.contract import usable
 from jaxcl.typing import Array, Key, check_at_least
 
 _RIDGE = 1e-4  # of the mean square: codes of which few are chosen may not span all directions
@@ -28,25 +29,26 @@ def fit_simvq_keys(
     Args:
         key: of C; consumed.
         bottleneck: the layer.
-        state: whose keys are replaced; averages begin anew, so that `fit_keys` may go on from there.
-        features: [N, D].
+        state: whose keys are replaced; each then counts as the average of one head, so that `fit_keys` may go on from
+            there.
+        features: [N, D]; those with NaN or infinity in them are left out.
         iterations: searches and solutions.
 
     Raises:
         ValueError: no iteration, or features of another width.
     """
     check_at_least("iterations", iterations, 1)
-    heads = bottleneck.heads(state, features)  # [C, N, W]
+    heads, valid = usable(bottleneck.heads(state, features), None)  # [C, N, W], zeros where not valid
     drawn = jax.random.normal(key, state.keys.codebook.shape)
 
-    def fit(one: tuple[Array, Array, Array]) -> Array:
-        codes, x, active = one  # [J, W], [N, W], [J]
-        mean = x.mean(axis=0)
-        spread = jnp.sqrt(jnp.mean(jnp.square(x - mean), axis=0))
+    def fit(one: tuple[Array, Array, Array, Array]) -> Array:
+        codes, x, valid, active = one  # [J, W], [N, W], [N], [J]
+        mean = x.mean(axis=0, where=valid[:, None])
+        spread = x.std(axis=0, where=valid[:, None])
         extended = jnp.concatenate([codes, jnp.ones((len(codes), 1))], axis=1)
 
         def improve(_: int, basis: Array) -> Array:
-            chosen = extended[nearest_codes(x, _matmul(extended, basis), eligible=active)]
+            chosen = extended[nearest_codes(x, _matmul(extended, basis), eligible=active)] * valid[:, None]
             products = _matmul(chosen.T, chosen)
             ridge = _RIDGE * jnp.trace(products) / len(products) * jnp.eye(len(products))
             return basis + jnp.linalg.solve(products + ridge, _matmul(chosen.T, x - _matmul(chosen, basis)))
@@ -54,8 +56,8 @@ def fit_simvq_keys(
         first = jnp.concatenate([jnp.diag(spread), mean[None]])
         return _matmul(extended, lax.fori_loop(0, iterations, improve, first))
 
-    placed = lax.map(fit, (drawn, heads, state.active))
-    return state._replace(keys=jax.vmap(lambda codebook: initial_averages(codebook, 0.0))(placed))
+    placed = lax.map(fit, (drawn, heads, valid, state.active))
+    return state._replace(keys=jax.vmap(initial_averages)(placed, state.active))
 
 
 def _matmul(a: Array, b: Array) -> Array:

@@ -6,6 +6,7 @@ a new key starts with the value of the key that was nearest, so that what is rea
 All arrays keep their shapes, so that both can be called in the middle of a jitted stream.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -13,9 +14,10 @@ import jax.numpy as jnp
 
 from jaxcl.bottleneck.layer import Bottleneck, KeyState
 from jaxcl.quantize import perplexity, replace_codes
-from jaxcl.typing import Array, ArrayLike, Key, PyTree, check_at_least, check_between
+from jaxcl.typing import Array, ArrayLike, Key, PyTree, bad_argument, check_at_least, check_between
 
 _LEVELS = 65  # of the quantiles that a distribution of distances is kept as
+_CHANCE = 1e-3  # that a check of a codebook finds a shift where there is none, at most
 
 
 class Reference(NamedTuple):
@@ -37,7 +39,7 @@ class KeyHealth(NamedTuple):
 class KeyPolicy(NamedTuple):
     """When and how much `care_for_keys` does."""
 
-    shift: float = 0.15  # a codebook whose shift is above this is cared for
+    shift: float = 0.15  # a codebook whose shift is above this, and above what chance gives, is cared for
     far: float = 0.99  # heads beyond this quantile of the reference may become keys
     most: int = 32  # keys a call and codebook
 
@@ -46,14 +48,19 @@ class KeyCare(NamedTuple):
     """What `care_for_keys` did."""
 
     health: KeyHealth  # before
-    above: Array  # [], the policy's shift
+    above: Array  # [], the shift above which a codebook was cared for
     placed: Array  # [C] int32, keys that were put on heads of the batch
 
 
 def reference_distances(bottleneck: Bottleneck, params: PyTree, state: KeyState, features: Array) -> Reference:
-    """The reference that later batches are held against; features [..., D] are those that the keys were fitted to."""
+    """The reference that later batches are held against.
+
+    Pass features [..., D] like those that the keys were fitted to, but held out: keys lie nearer to the very ones than
+    to others of their kind, so that each new batch would seem to have shifted. Those with NaN or infinity in them are
+    left out.
+    """
     _, distances = _nearest(bottleneck, params, state, features)
-    return Reference(jnp.quantile(distances, jnp.linspace(0, 1, _LEVELS), axis=0).T)
+    return Reference(jnp.nanquantile(distances, jnp.linspace(0, 1, _LEVELS), axis=0).T)
 
 
 def check_keys(
@@ -63,18 +70,19 @@ def check_keys(
     reference: Reference,
     features: Array,
     *,
+    mask: Array | None = None,
     policy: KeyPolicy = KeyPolicy(),  # noqa: B008  # it does not change
 ) -> KeyHealth:
-    """How well the keys fit features [..., D].
+    """How well the keys fit features [..., D], those alone that `mask` [...] bool has, if there is one.
 
     The shift of a codebook is the one-sided Kolmogorov-Smirnov statistic: the largest difference between the share of
     the reference's distances below a value and the batch's share below it. Chance alone gives some 0.6 / sqrt(batch),
     and more than s once in exp(2 batch s^2) checks of a codebook: 0.05 in one of four batches of 256, 0.15 in one of
-    100,000.
+    100,000 (for a large reference). Features with NaN or infinity in them are left out.
     """
     _check(policy)
     _, distances = _nearest(bottleneck, params, state, features)
-    return _health(state, reference, distances, policy)
+    return _health(state, reference, _masked(distances, mask), policy)
 
 
 def care_for_keys(
@@ -85,10 +93,13 @@ def care_for_keys(
     reference: Reference,
     features: Array,
     *,
+    mask: Array | None = None,
     policy: KeyPolicy = KeyPolicy(),  # noqa: B008  # it does not change
 ) -> tuple[PyTree, KeyState, KeyCare]:
     """Puts free keys on far heads of the batch, in the codebooks whose shift is above the policy's.
 
+    It must also be above what chance gives a batch of this size once in 1,000 checks, 0.33 for 32 features and 0.12 for
+    256, so that small batches wake no keys for nothing.
     Free are the keys that are out of play (`spare` of the layer), and, once those are used up, the ones that training
     never fetched, as `Bottleneck.count_usage` has counted. Heads are drawn with a chance in proportion to their squared
     distance, as k-means++ does. A new key has the value of the key that was nearest to it, averages of an even load as
@@ -102,6 +113,7 @@ def care_for_keys(
         state: its keys.
         reference: what `reference_distances` made when keys were fitted.
         features: [..., D], a batch of what comes in.
+        mask: [...] bool, which of them count; all if None.
         policy: thresholds.
 
     Returns:
@@ -114,12 +126,16 @@ def care_for_keys(
     codebooks, pairs = state.usage.shape
     heads = bottleneck.heads(state, features)  # [C, N, W]
     nearest, distances = _nearest(bottleneck, params, state, features)
+    distances = _masked(distances, mask)
     health = _health(state, reference, distances, policy)
+    counted = jnp.maximum(jnp.isfinite(distances[:, 0]).sum(), 1)
+    above = jnp.maximum(jnp.float32(policy.shift), jnp.sqrt(-math.log(_CHANCE) / (2 * counted)))
     most = min(policy.most, heads.shape[1], pairs)
 
     def choose(key: Key, distances: Array, far: Array, due: Array, active: Array, usage: Array) -> tuple[Array, Array]:
         """Which keys are put on a head [J] bool, and on which head [J]."""
-        chance = jnp.where(distances > far, jnp.log(jnp.maximum(distances, 1e-30)), -jnp.inf)
+        chance = jnp.log(jnp.maximum(distances, 1e-30))
+        chance = jnp.where((distances > far) & jnp.isfinite(distances), chance, -jnp.inf)
         drawn, rows = jax.lax.top_k(chance + jax.random.gumbel(key, chance.shape), most)
         # Keys out of play come first, then those never fetched, each in order.
         free, slots = jax.lax.top_k(jnp.where(active, jnp.where(usage == 0, 1, 0), 2), most)
@@ -130,7 +146,7 @@ def care_for_keys(
         )
 
     placed, rows = jax.vmap(choose)(
-        jax.random.split(key, codebooks), distances.T, _quantile(reference, policy.far), health.shift > policy.shift,
+        jax.random.split(key, codebooks), distances.T, _quantile(reference, policy.far), health.shift > above,
         state.active, state.usage,
     )  # fmt: skip
     own = jnp.arange(codebooks)[:, None]
@@ -141,7 +157,7 @@ def care_for_keys(
         active=state.active | placed,
         usage=jnp.where(placed, 1, state.usage),
     )
-    care = KeyCare(health, jnp.float32(policy.shift), placed.sum(axis=1, dtype=jnp.int32))
+    care = KeyCare(health, above, placed.sum(axis=1, dtype=jnp.int32))
     return params | {"values": values}, state, care
 
 
@@ -175,20 +191,24 @@ def forget_class(
         params: values [C, J, V], V counting classes.
         state: with usage counted over training (`Bottleneck.count_usage`).
         label: the class.
-        indices: [N, C, top_k], what the class's training examples fetched, each as often as `usage` counted it.
+        indices: [..., C, top_k], what the class's training examples fetched, each as often as `usage` counted it.
         share: from above 0 to 1.
 
     Returns:
         (params, state).
 
     Raises:
-        ValueError: a share out of range, or a label that values have no entry for.
+        ValueError: a share out of range, a label that values have no entry for, or indices of another shape.
     """
     values = params["values"]
     check_between("share", share, 1e-12, 1)
     check_between("label", label, 0, values.shape[-1] - 1)
     codebooks, pairs = state.usage.shape
-    fetched = jnp.asarray(indices, jnp.int32).swapaxes(0, 1).reshape(codebooks, -1)
+    fetched = jnp.moveaxis(jnp.asarray(indices, jnp.int32), -2, 0)
+    if len(fetched) != codebooks:
+        shape = jnp.shape(indices)
+        raise bad_argument("indices", f"shape {shape}", f"pass [..., {codebooks}, top_k], as `lookup` gives")
+    fetched = fetched.reshape(codebooks, -1)
     own = jax.vmap(lambda row: jnp.bincount(row, length=pairs))(fetched)
     reset = (own > 0) & (own >= share * state.usage)
     values = jnp.where(reset[..., None], 0, values)
@@ -205,16 +225,27 @@ def _nearest(bottleneck: Bottleneck, params: PyTree, state: KeyState, features: 
     return indices[..., 0].reshape(-1, codebooks).T, distances.reshape(-1, codebooks)
 
 
+def _masked(distances: Array, mask: Array | None) -> Array:
+    """[N, C], with infinity for features that do not count."""
+    valid = jnp.isfinite(distances) if mask is None else jnp.isfinite(distances) & mask.reshape(-1, 1)
+    return jnp.where(valid, distances, jnp.inf)
+
+
 def _health(state: KeyState, reference: Reference, distances: Array, policy: KeyPolicy) -> KeyHealth:
     levels = jnp.linspace(0, 1, _LEVELS)
-    below = jax.vmap(lambda own, edges: jnp.searchsorted(jnp.sort(own), edges, side="right") / len(own))(
-        distances.T, reference.quantiles
+    valid = jnp.isfinite(distances)
+    counted = valid.sum(axis=0)
+    below = (
+        jax.vmap(lambda own, edges: jnp.searchsorted(jnp.sort(own), edges, side="right"))(
+            distances.T, reference.quantiles
+        )
+        / jnp.maximum(counted, 1)[:, None]
     )
     in_play = jnp.where(state.active, state.usage, 0)
     active = jnp.maximum(state.active.sum(axis=1), 1)
     return KeyHealth(
-        shift=jnp.maximum((levels - below).max(axis=1), 0),
-        far=(distances > _quantile(reference, policy.far)).mean(axis=0),
+        shift=jnp.where(counted > 0, jnp.maximum((levels - below).max(axis=1), 0), 0),
+        far=(valid & (distances > _quantile(reference, policy.far))).sum(axis=0) / jnp.maximum(counted, 1),
         utilisation=(in_play > 0).sum(axis=1) / active,
         perplexity=perplexity(in_play),
         free=(~state.active | (state.usage == 0)).sum(axis=1, dtype=jnp.int32),

@@ -16,6 +16,7 @@ from jax import lax
 
 from jaxcl.nearest import nearest_codes, nearest_k_codes, squared_distances
 from jaxcl.quantize import (
+    NO_CODE,
     EMAState,
     draw_replacements,
     initial_averages,
@@ -24,6 +25,7 @@ from jaxcl.quantize import (
     update_averages,
     usage,
 )
+from jaxcl.quantize.contract import usable
 from jaxcl.typing import (
     Array,
     Key,
@@ -40,7 +42,7 @@ from jaxcl.typing import (
 class KeyState(NamedTuple):
     """What a bottleneck keeps beside its values: none of it learns by gradients."""
 
-    projection: Array | None  # [C, D, W], columns of unit length; None where features are cut into chunks
+    projection: Array | None  # [C, D, W], drawn with columns of unit length; None where features are cut into chunks
     keys: EMAState  # codebook [C, J, W], counts [C, J], sums [C, J, W]
     active: Array  # [C, J] bool, keys in play; the others are spare, for `care_for_keys` to wake
     usage: Array  # [C, J] int32, how often each pair was fetched, as far as `count_usage` was told
@@ -101,7 +103,8 @@ def discrete_key_value_bottleneck(
 
     * `init` draws the projection and N(0, 1) keys and sets the values to zero.
     * `place` puts keys on distinct heads, chosen at random, and moves them by k-means over all of these features at
-      once, so many iterations long; it can stand in for `fit_keys`, or come before it.
+      once, so many iterations long; it can stand in for `fit_keys`, or come before it, and then counts as one head a
+      key. Both leave out features with NaN or infinity in them.
     * `fit_keys` is one unsupervised step on a batch: keys become moving averages of the heads that chose them, and keys
       chosen too rarely are put on heads of the batch. The key of randomness must be equal on all devices of
       `axis_name`. Call it some epochs long, in any order, on features from any source; then leave the keys alone.
@@ -175,14 +178,14 @@ def discrete_key_value_bottleneck(
         iterations: int = 0,
         axis_name: str | None = None,
     ) -> KeyState:
-        placed = _place_keys(key, state.keys, heads(state, features), pairs - spare, iterations, axis_name)
-        return state._replace(keys=placed)
+        placed = _place_keys(key, state.keys.codebook, heads(state, features), pairs - spare, iterations, axis_name)
+        return state._replace(keys=jax.vmap(initial_averages)(placed, state.active))
 
     def fit_keys(
         key: Key, params: PyTree, state: KeyState, features: Array, *, axis_name: str | None = None
     ) -> KeyState:
-        points = heads(state, features)
-        indices = _each_codebook(_nearest, points, state.keys.codebook, state.active)
+        points, valid = usable(heads(state, features), None)
+        indices = jnp.where(valid, _each_codebook(_nearest, points, state.keys.codebook, state.active), NO_CODE)
         epsilon = 0.0 if averages == "sound" else 1e-5
 
         def update(averages: EMAState, x: Array, indices: Array) -> EMAState:
@@ -190,7 +193,7 @@ def discrete_key_value_bottleneck(
 
         fitted = jax.vmap(update)(state.keys, points, indices)
         if dead_share > 0:
-            fitted = _replace_dead(key, fitted, state.active, points, dead_share, averages, axis_name)
+            fitted = _replace_dead(key, fitted, state.active, points, valid, dead_share, averages, axis_name)
         return state._replace(keys=fitted)
 
     def lookup(params: PyTree, state: KeyState, features: Array, *, used_only: bool = False) -> Array:
@@ -223,18 +226,15 @@ def discrete_key_value_bottleneck(
     return Bottleneck(init, heads, place, fit_keys, lookup, distances, read, count_usage)
 
 
-def _place_keys(
-    key: Key, keys: EMAState, points: Array, in_play: int, iterations: int, axis_name: str | None
-) -> EMAState:
-    """The first `in_play` keys of each codebook [C, J, W] on heads [C, N, W], and averages that begin anew."""
+def _place_keys(key: Key, keys: Array, points: Array, in_play: int, iterations: int, axis_name: str | None) -> Array:
+    """Keys [C, J, W], the first `in_play` of each codebook on heads [C, N, W]."""
 
     def place(key: Key, codebook: Array, points: Array) -> Array:
         return place_codes(key, codebook, points, iterations=iterations, metric="euclidean", axis_name=axis_name)
 
     own_keys = jax.random.split(key, len(points))
-    placed = _each_codebook(place, own_keys, keys.codebook[:, :in_play], points)
-    codebook = jnp.concatenate([placed, keys.codebook[:, in_play:]], axis=1)
-    return jax.vmap(lambda codebook: initial_averages(codebook, 0.0))(codebook)
+    placed = _each_codebook(place, own_keys, keys[:, :in_play], points)
+    return jnp.concatenate([placed, keys[:, in_play:]], axis=1)
 
 
 def _check_sizes(
@@ -263,16 +263,25 @@ def _check_sizes(
 
 
 def _replace_dead(
-    key: Key, keys: EMAState, active: Array, points: Array, share: float, averages: str, axis_name: str | None
+    key: Key,
+    keys: EMAState,
+    active: Array,
+    points: Array,
+    valid: Array,
+    share: float,
+    averages: str,
+    axis_name: str | None,
 ) -> EMAState:
-    """Puts active keys [C, J, W] whose count is under `share` of an even load on heads [C, N, W] of the batch."""
+    """Puts active keys [C, J, W] whose count is under `share` of an even load on valid heads [C, N, W] of the batch."""
     in_play = active.sum(axis=1)
     even_load = keys.counts.sum(axis=1) / in_play  # of the averages, which take many steps to reach the batch's
     if averages == "authors":
         batch = points.shape[1] * (1 if axis_name is None else lax.axis_size(axis_name))
         even_load = batch / in_play
     dead = active & (keys.counts < share * even_load[:, None])
-    rows, dead = jax.vmap(lambda x, dead: draw_replacements(key, x, dead, axis_name=axis_name))(points, dead)
+    draw = partial(draw_replacements, axis_name=axis_name)
+    own_keys = jax.random.split(key, len(points))
+    rows, dead = jax.vmap(lambda key, x, dead, valid: draw(key, x, dead, valid=valid))(own_keys, points, dead, valid)
     if averages == "authors":
         return keys._replace(codebook=jnp.where(dead[..., None], rows, keys.codebook))
     return jax.vmap(replace_codes)(keys, rows, dead, even_load)
@@ -306,7 +315,7 @@ def sample_pairs(key: Key, bottleneck: Bottleneck, state: KeyState, features: Ar
 
     A pair's chance is in proportion to exp(-squared distance / temperature), by Gumbel's trick (the authors'
     `sample_codebook_temperature`). For training in which an example may fetch its neighbours' pairs too; all distances
-    of a codebook, [N, J], exist at a time.
+    of a codebook, [N, J], exist at a time, on GPU of eight codebooks and on TPU of all.
 
     Args:
         key: decides; consumed.
@@ -352,9 +361,14 @@ def _nearest(x: Array, codebook: Array, eligible: Array) -> Array:
 def _each_codebook(search: Callable[..., Array], *args: Array) -> Array:
     """`search` on each codebook's share of `args` [C, ...].
 
-    In turn on CPU, where one search fills the cores and its scores stay in cache (a third of the time, measured); else
-    all at once.
+    In turn on CPU, where one search fills the cores and its scores stay in cache (a third of the time, measured); eight
+    at a time on GPU, where each keeps scores (not yet measured); all at once on TPU, whose compiler keeps none.
     """
+
+    def in_turn(*args: Array, batch_size: int | None) -> Array:
+        return lax.map(lambda one: search(*one), args, batch_size=batch_size)
+
+    gpu = partial(in_turn, batch_size=8)
     return lax.platform_dependent(
-        *args, cpu=lambda *args: lax.map(lambda one: search(*one), args), default=jax.vmap(search)
+        *args, cpu=partial(in_turn, batch_size=None), cuda=gpu, rocm=gpu, default=jax.vmap(search)
     )

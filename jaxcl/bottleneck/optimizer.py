@@ -18,7 +18,8 @@ def sparse_sgd(learning_rate: float, *, max_norm: float | None = None) -> optax.
 
     The norm of a sum of rows needs rows that coincide to be added up first, which costs more than all the rest of a
     step. But no norm exceeds the sum of the examples' own, in which no rows coincide: only where that bound passes
-    `max_norm` is the norm itself worked out.
+    `max_norm` is the norm itself worked out. So `Rows` that are clipped must be as `Bottleneck.read` fetches them,
+    [..., C, top_k, V]: in the last axes but V, no row twice.
 
     Args:
         learning_rate: constant.

@@ -300,7 +300,7 @@ class Course:
             parameters=parameter_count(params),
             bytes=byte_count((params, strategy_state)),
             examples=record.examples[seed],
-            seconds=record.seconds / len(self._seeds.streams),
+            seconds=record.seconds / self._seeds.distinct,
             compilations={},
         )
 

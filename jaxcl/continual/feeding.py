@@ -40,11 +40,11 @@ def is_streamed(examples: Examples) -> bool:
 
 
 def one_after_another(parts: Sequence[Selection], size: int) -> Selection:
-    """All parts in one, each filled up with rows -1 to whole batches, so that no batch has examples of two parts."""
+    """All parts in one, each filled up to whole batches by its last row, so that no batch has examples of two parts."""
     filled = []
     for rows, tasks in parts:
         missing = -len(rows) % size
-        filled.append((np.pad(rows, (0, missing), constant_values=-1), np.pad(tasks, (0, missing), mode="edge")))
+        filled.append((np.pad(rows, (0, missing), constant_values=~rows[-1]), np.pad(tasks, (0, missing), mode="edge")))
     return Selection(*map(np.concatenate, zip(*filled, strict=True)))
 
 
@@ -105,14 +105,9 @@ class Feeder:
         def read(number: int) -> dict[int, Streamed]:
             first = starts[number]
             count = min(per_call, steps - first)
-            wanted, seen_as = np.full(shape, -1, np.int32), np.zeros(shape, np.int32)
+            wanted, seen_as = np.full(shape, ~rows[0, 0], np.int32), np.zeros(shape, np.int32)
             wanted[:count], seen_as[:count] = rows[first : first + count], tasks[first : first + count]
-            real = wanted >= 0
-            wanted = np.where(real, wanted, np.where(real[:, :1], wanted[:, :1], wanted[0, 0]))
-            return {
-                start: self._piece(wanted[:, part], seen_as[:, part], real[:, part], first)
-                for start, part in columns.items()
-            }
+            return {start: self._piece(wanted[:, part], seen_as[:, part], first) for start, part in columns.items()}
 
         ahead = (
             grain.MapDataset.range(len(starts))
@@ -122,21 +117,29 @@ class Feeder:
         for first, pieces in zip(starts, ahead, strict=True):
             yield Call(self._layout.join_columns(pieces, shape), first, min(per_call, steps - first))
 
-    def _piece(self, rows: np.ndarray, tasks: np.ndarray, real: np.ndarray, first: int) -> Streamed:
-        """Rows [P, B] read from the examples; what only fills up is a copy of its batch's first."""
-        wanted = rows.reshape(-1)
+    def _piece(self, rows: np.ndarray, tasks: np.ndarray, first: int) -> Streamed:
+        """Rows [P, B], as `Resident` has them, read from the examples."""
+        real = rows >= 0
+        wanted = np.where(real, rows, ~rows).reshape(-1)
         inputs, labels = np.asarray(self._examples.inputs[wanted]), np.asarray(self._examples.labels)[wanted]
         inputs, labels = inputs.reshape(*rows.shape, *inputs.shape[1:]), labels.reshape(rows.shape)
         return Streamed(inputs, labels, tasks, real.astype(np.float32), np.asarray(first, np.int32))
 
     def _filled(self, parts: Sequence[Selection]) -> tuple[np.ndarray, np.ndarray]:
-        """Rows and tasks [P, B], with -1 and 0 to fill up; [S, P, B] together."""
+        """Rows and tasks [P, B], as `Resident` has them; [S, P, B] together.
+
+        An epoch's last batch is filled up with its own examples again, so that statistics of a batch are of these.
+        """
         size, batches, _ = self._batching
         rows, tasks = (
             np.full((len(parts), batches * size), -1, np.int32),
             np.zeros((len(parts), batches * size), np.int32),
         )
         for seed, part in enumerate(parts):
-            rows[seed, : len(part.rows)], tasks[seed, : len(part.rows)] = part
+            count = len(part.rows)
+            last, missing = count - count % size, -count % size
+            rows[seed, :count], tasks[seed, :count] = part
+            rows[seed, count : count + missing] = ~np.resize(part.rows[last:], missing)
+            tasks[seed, count : count + missing] = np.resize(part.tasks[last:], missing)
         shape = (len(parts), batches, size) if self._together else (batches, size)
         return rows.reshape(shape), tasks.reshape(shape)

@@ -6,10 +6,13 @@ interrupted goes on, bit for bit, from the state and the place in the stream tha
 """
 
 import os
+import re
 import threading
+import zlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, CancelledError, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -62,7 +65,7 @@ def run(
     Args:
         key: decides data order and all that the strategy draws; consumed.
         strategy: the continual-learning method.
-        tx: the optimizer; it starts afresh with the run, not with each task.
+        tx: the optimizer; it starts afresh with the run, and with each task where the strategy asks for that.
         params: initial parameters; not consumed.
         stream: the tasks.
         epochs: passes over a task's training set.
@@ -72,7 +75,9 @@ def run(
             convolutions are faster with more on CPU too. The results are the same.
         evaluation_batch_size: test examples at a time, at most.
         mesh: what `sharding.make_mesh` made, to split batches and parameters over devices; None uses one device.
-        checkpoint: where to keep the run's state. If it holds a part of this run, the run goes on from there.
+        checkpoint: where to keep the run's state. If it holds a part of this run, the run goes on from there. A run is
+            known by its keys, sizes, the shapes of its state, and which examples of which labels its tasks have: what
+            the strategy's and the optimizer's options are, or the inputs' values, is for you to keep the same.
         callback: told the `Progress` after each epoch.
 
     Raises:
@@ -147,6 +152,7 @@ def run_seeds(
     if steps_per_call is None:
         steps_per_call = _STEPS_PER_CALL.get(jax.default_backend(), _STEPS_PER_CALL_ELSEWHERE)
     check_at_least("steps_per_call", steps_per_call, 1)
+    check_at_least("streams, their number", len(streams), 1)
     if not len(keys) == len(params) == len(streams):
         raise bad_argument(
             "keys, params, streams", f"{len(keys)}, {len(params)} and {len(streams)} of them", "pass one of each a seed"
@@ -165,7 +171,9 @@ def run_seeds(
     shared = all(stream.train is streams[0].train and stream.test is streams[0].test for stream in streams)
     layout, first = Layout(mesh), streams[0]
     alone = strategy.refresh_every > 0 or is_streamed(first.train) or is_streamed(first.test)
-    size, threads = (1, 1) if mesh or not together else _grouping(len(streams), byte_count(params[0]), alone=alone)
+    size, threads = _grouping(
+        len(streams), byte_count(params[0]), checkpoint, in_turn=mesh is not None or not together, alone=alone
+    )
     # Groups of one size share a compilation: the last one is filled up with the last seed.
     groups = [
         [min(seed, len(streams) - 1) for seed in range(start, start + size)] for start in range(0, len(streams), size)
@@ -210,7 +218,10 @@ def run_seeds(
         )
         checkpoints = None
         if checkpoint:
-            identity = {"keys": bits, "epochs": epochs, "batch_size": batch_size, "stages": len(first.train_sets)}
+            identity = {
+                "keys": bits, "epochs": epochs, "batch_size": batch_size, "stages": len(first.train_sets),
+                "examples": [_examples(stream) for stream in seeds.streams],
+            }  # fmt: skip
             name = f"seeds_{numbers[0]}_to_{numbers[-1]}" if size > 1 else f"seed_{numbers[0]}"
             checkpoints = Checkpoints(checkpoint, name, identity, alone=threads == 1)
         return Course(seeds, programs, plan, checkpoints, tell).results()
@@ -224,14 +235,46 @@ def run_seeds(
     return [result._replace(compilations=dict(compilations)) for result in results]
 
 
-def _grouping(seeds: int, bytes_of_params: int, *, alone: bool) -> tuple[int, int]:
-    """How many seeds share each step, and on how many threads groups of so many run."""
-    if jax.default_backend() != "cpu":
-        return (1 if alone else seeds), 1
-    share = -(-seeds // _cores())
-    rounds = share if alone else -(-share // max(1, _SHARED_STEP_BYTES // max(1, bytes_of_params)))
-    size = -(-share // rounds)
-    return size, min(_cores(), -(-seeds // size))
+def _grouping(
+    seeds: int, bytes_of_params: int, checkpoint: Checkpoint | None, *, in_turn: bool, alone: bool
+) -> tuple[int, int]:
+    """How many seeds share each step, and on how many threads groups of so many run.
+
+    A run that goes on has groups as it began with, on however many cores that was.
+    """
+    on_cpu, size = jax.default_backend() == "cpu", 1
+    if not in_turn and not on_cpu and not alone:
+        size = seeds
+    elif not in_turn and on_cpu:
+        share = -(-seeds // _cores())
+        rounds = share if alone else -(-share // max(1, _SHARED_STEP_BYTES // max(1, bytes_of_params)))
+        size = -(-share // rounds)
+    if checkpoint and (before := _size_before(checkpoint.folder) or size) != size:
+        if in_turn or alone or before > seeds:
+            kept = f"{checkpoint.folder}, of seeds in groups of {before}"
+            raise bad_argument(
+                "checkpoint.folder", kept, "choose another folder, or train these seeds together as then"
+            )
+        size = before
+    return size, min(_cores(), -(-seeds // size)) if on_cpu and not in_turn else 1
+
+
+def _size_before(folder: Path) -> int | None:
+    """How many seeds share each step in a run that `folder` holds a part of; None if it holds none."""
+    if not (names := [path.name for path in Path(folder).glob("seed*_0*")]):
+        return None
+    last = re.fullmatch(r"seeds_0_to_(\d+)", names[0])
+    return 1 + int(last[1]) if last else 1
+
+
+def _examples(stream: Stream) -> list[int]:
+    """Checksums of labels, and of the rows of each task, to train on and to be tested on."""
+    parts = ((stream.train, stream.train_sets), (stream.test, stream.test_sets))
+    return [
+        zlib.crc32(np.asarray(array).tobytes())
+        for examples, sets in parts
+        for array in (examples.labels, *(part.rows for part in sets))
+    ]
 
 
 def _in_threads(

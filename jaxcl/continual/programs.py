@@ -39,14 +39,14 @@ class Resident(NamedTuple):
 
     inputs: ArrayLike  # [N, ...]
     labels: ArrayLike  # [N]
-    rows: ArrayLike  # [P, B] int32; -1 fills up
+    rows: ArrayLike  # [P, B] int32; where an example only fills up, the bits of its row inverted, so below 0
     tasks: ArrayLike  # [P, B] int32, the task each example is seen as
 
     def take(self, position: Array) -> tuple[Array, Array, Array, Array]:
         """Inputs [B, ...], labels [B], tasks [B] and weights [B] of the batch at `position`."""
         rows, tasks = jnp.asarray(self.rows)[position], jnp.asarray(self.tasks)[position]
         real = rows >= 0
-        rows = jnp.where(real, rows, rows[0])  # as `Feeder` does, to the same end to the bit
+        rows = jnp.where(real, rows, ~rows)
         return jnp.asarray(self.inputs)[rows], jnp.asarray(self.labels)[rows], tasks, real.astype(jnp.float32)
 
 

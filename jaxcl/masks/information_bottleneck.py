@@ -141,7 +141,8 @@ def ib_masks(
     def current(masked: Masked, state: InformationBottleneckState) -> PyTree:
         weights, kept = leaves_by_path(masked.weights), keeps(masked, state)
         return replace_leaves(masked.weights, {
-            path: jnp.where(kept[path], weights[path] * noise.mean, 0) for path, noise in masked.scores.items()
+            path: jnp.where(kept[path], weights[path] * noise.mean, 0).astype(weights[path].dtype)
+            for path, noise in masked.scores.items()
         })  # fmt: skip
 
     return MaskMethod(init, sample, protect, commit, select, current, lambda state: state.bank, tasks)

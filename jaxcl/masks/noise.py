@@ -32,8 +32,8 @@ def draw_noise(key: Key, shape: tuple[int, ...], *, log_variance: float = -9.0, 
 
 def noisy(key: Key, weight: Array, noise: Noise) -> Array:
     """The weight [...] times a draw of its noise; one draw serves the whole batch, as the authors have it."""
-    draw = threefry.standard_normal(key, weight.shape).astype(weight.dtype)
-    return weight * (noise.mean + jnp.exp(noise.log_variance / 2) * draw)
+    draw = threefry.standard_normal(key, weight.shape)
+    return (weight * (noise.mean + jnp.exp(noise.log_variance / 2) * draw)).astype(weight.dtype)
 
 
 def information(noise: Noise) -> Array:

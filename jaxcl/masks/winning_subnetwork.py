@@ -37,7 +37,8 @@ def winning_mask(scores: Array, sparsity: float) -> Array:
 def masked_by_scores(weight: Array, scores: Array, sparsity: float) -> Array:
     """The weight [...] under its `winning_mask`, whose gradient goes straight through to all absolute scores."""
     strength = jnp.sign(scores) * scores  # the gradient of jnp.abs would be 1 at 0, where the authors' is 0
-    return weight * (winning_mask(scores, sparsity).astype(weight.dtype) + strength - jax.lax.stop_gradient(strength))
+    mask = winning_mask(scores, sparsity) + strength - jax.lax.stop_gradient(strength)
+    return weight * mask.astype(weight.dtype)
 
 
 def winning_subnetwork(covers: Callable[[str], bool], tasks: int, *, sparsity: float) -> MaskMethod:

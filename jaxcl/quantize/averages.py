@@ -119,9 +119,10 @@ def ema_vq(
     return Quantizer(init, quantize, lookup, update, place)
 
 
-def initial_averages(codebook: Array, count: float) -> EMAState:
-    """The state of a codebook [K, D] before any data, as if each code were the average of `count` vectors."""
-    return EMAState(codebook, jnp.full(codebook.shape[0], count, jnp.float32), codebook * count)
+def initial_averages(codebook: Array, count: Array | float) -> EMAState:
+    """The state of a codebook [K, D] before any data, as if each code were the average of `count` [] or [K] vectors."""
+    counts = jnp.full(codebook.shape[0], count, jnp.float32)
+    return EMAState(codebook, counts, codebook * counts[:, None])
 
 
 def update_averages(

@@ -52,9 +52,11 @@ def fsq(levels: Sequence[int], *, epsilon: float = 1e-3) -> Quantizer:
         check_width("x", x, len(levels), "the levels")
         x, valid = usable(x, mask)
         bounded = jnp.tanh(x.astype(jnp.float32) + jnp.float32(shift)) * jnp.float32(half_range) - jnp.float32(offset)
-        rounded = bounded + lax.stop_gradient(jnp.round(bounded) - bounded)
-        indices = jnp.sum((lax.stop_gradient(jnp.round(bounded)).astype(jnp.int32) + middle) * basis, axis=-1)
-        none = jnp.zeros(x.shape[:-1])
+        # Many levels or a wide bound would be rounded to one more level at either end.
+        nearest = lax.stop_gradient(jnp.clip(jnp.round(bounded), -middle, counts - 1 - middle))
+        rounded = bounded + (nearest - lax.stop_gradient(bounded))
+        indices = jnp.sum((nearest.astype(jnp.int32) + middle) * basis, axis=-1, dtype=jnp.int32)
+        none = jnp.zeros(x.shape[:-1], jnp.float32)
         return where_valid(valid, Quantized((rounded / middle).astype(x.dtype), indices, none, none))
 
     def lookup(params: tuple[()], state: tuple[()], indices: Array) -> Array:
@@ -92,7 +94,7 @@ def lfq(width: int, *, scale: float = 1.0) -> Quantizer:
         indices = jnp.sum(above * _place_values(width), axis=-1, dtype=jnp.int32)
         codes = jnp.where(above, scale, -scale).astype(x.dtype)
         output = codes + (x - lax.stop_gradient(x))
-        out = Quantized(output, indices, squared_distances(x, codes), jnp.zeros(x.shape[:-1]))
+        out = Quantized(output, indices, squared_distances(x, codes), jnp.zeros(x.shape[:-1], jnp.float32))
         return where_valid(valid, out)
 
     def lookup(params: tuple[()], state: tuple[()], indices: Array) -> Array:

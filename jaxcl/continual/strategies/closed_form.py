@@ -17,22 +17,23 @@ from jaxcl.typing import Array, Key, PyTree, check_at_least, check_between
 
 
 class Moments(NamedTuple):
-    """Sums over the examples seen."""
+    """Sums over the examples seen, of features x less a fixed `origin` near them, or their digits would be lost."""
 
     counts: Array  # [K]
-    sums: Array  # [K, D], of features
-    products: Array  # [D, D], of x x^T; [0, 0] where they are not needed
+    sums: Array  # [K, D], of x - origin
+    products: Array  # [D, D], of (x - origin) (x - origin)^T; [0, 0] where they are not needed
+    origin: Array  # [D], the mean of the first batch
 
 
 class LinearClassifier(NamedTuple):
     """What a closed form keeps: sums, and what followed from them when the last task ended."""
 
     moments: Moments
-    kernel: Array  # [D, K]
+    kernel: Array  # [D, K], of x - origin
     bias: Array  # [K]
 
 
-Solve = Callable[[Moments], tuple[Array, Array]]  # kernel [D, K] and bias [K]
+Solve = Callable[[Moments], tuple[Array, Array]]  # kernel [D, K] and bias [K], for x - origin
 
 
 def nearest_class_mean() -> Strategy:
@@ -95,7 +96,7 @@ def _closed_form(solve: Solve, *, products: bool) -> Strategy:
     def init(key: Key, params: PyTree, batch: Batch) -> LinearClassifier:
         width, classes = _flat(batch.inputs).shape[1], batch.eligible.shape[1]
         side = width if products else 0
-        moments = Moments(jnp.zeros(classes), jnp.zeros((classes, width)), jnp.zeros((side, side)))
+        moments = Moments(jnp.zeros(classes), jnp.zeros((classes, width)), jnp.zeros((side, side)), jnp.zeros(width))
         return LinearClassifier(moments, jnp.zeros((width, classes)), jnp.zeros(classes))
 
     def gradients(key: Key, params: PyTree, state: LinearClassifier, batch: Batch) -> tuple[PyTree, Metrics]:
@@ -104,10 +105,13 @@ def _closed_form(solve: Solve, *, products: bool) -> Strategy:
     def observe(key: Key, params: PyTree, state: LinearClassifier, batch: Batch) -> LinearClassifier:
         features = _flat(batch.inputs)
         members = jax.nn.one_hot(batch.labels, state.bias.shape[0]) * batch.weights[:, None]  # [B, K]
-        counts, sums, squares = state.moments
+        counts, sums, squares, origin = state.moments
+        mean = batch.weights @ features / jnp.maximum(batch.weights.sum(), 1)
+        origin = jnp.where(counts.any(), origin, mean)
+        features -= origin
         if products:
             squares += _product(features.T * batch.weights, features)
-        moments = Moments(counts + members.sum(axis=0), sums + _product(members.T, features), squares)
+        moments = Moments(counts + members.sum(axis=0), sums + _product(members.T, features), squares, origin)
         return state._replace(moments=moments)
 
     def end_task(key: Key, params: PyTree, state: LinearClassifier) -> tuple[PyTree, LinearClassifier]:
@@ -116,13 +120,13 @@ def _closed_form(solve: Solve, *, products: bool) -> Strategy:
         return params, state._replace(kernel=kernel, bias=jnp.where(seen, bias, jnp.finfo(jnp.float32).min))
 
     def predict(params: PyTree, state: LinearClassifier, inputs: Array, task: Array | None) -> Array:
-        return _product(_flat(inputs), state.kernel) + state.bias
+        return _product(_flat(inputs) - state.moments.origin, state.kernel) + state.bias
 
     return Strategy(gradients, predict, init, observe=observe, end_task=end_task)
 
 
 def _means(moments: Moments) -> Array:
-    """[K, D]; zero for classes that never came."""
+    """[K, D], less the origin; zero for classes that never came."""
     return moments.sums / jnp.maximum(moments.counts, 1)[:, None]
 
 

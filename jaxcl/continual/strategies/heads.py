@@ -26,9 +26,10 @@ class Answered(NamedTuple):
     of_classifier: PyTree
 
     @property
-    def seen(self) -> Any:
-        """Counts [K] and sums [K, D] of the features of tasks that are done."""
-        return self.of_classifier.moments
+    def seen(self) -> Means:
+        """Of tasks that are done."""
+        counts, sums, _, origin = self.of_classifier.moments
+        return Means(counts, sums + counts[:, None] * origin)
 
 
 class ClassMeans(NamedTuple):

@@ -170,12 +170,13 @@ def cared_key_value_bottleneck(
     inner = key_value_bottleneck(bottleneck, classes=classes, label_smoothing=label_smoothing)
 
     def care(
-        key: Key, params: PyTree, keys: KeyState, reference: Reference, features: Array
+        key: Key, params: PyTree, keys: KeyState, reference: Reference, batch: Batch
     ) -> tuple[PyTree, KeyState, KeyCare]:
-        return care_for_keys(key, bottleneck, params, keys, reference, features, policy=policy)
+        real = batch.weights > 0  # the others only fill up
+        return care_for_keys(key, bottleneck, params, keys, reference, batch.inputs, mask=real, policy=policy)
 
     def init(key: Key, params: PyTree, batch: Batch) -> CaredKeys:
-        _, _, entry = jax.eval_shape(care, key, params, keys, reference, batch.inputs)
+        _, _, entry = jax.eval_shape(care, key, params, keys, reference, batch)
         log = jax.tree.map(lambda leaf: jnp.zeros((_LOGGED, *leaf.shape), leaf.dtype), entry)
         placed = jnp.zeros(keys.usage.shape[:1], jnp.int32)
         return CaredKeys(keys, reference, jnp.int32(0), log, placed, inner.init(key, params, batch))
@@ -195,7 +196,7 @@ def cared_key_value_bottleneck(
         return updates, state._replace(keys=bottleneck.count_usage(state.keys, real))
 
     def refresh(key: Key, params: PyTree, state: CaredKeys, batch: Batch) -> tuple[PyTree, CaredKeys]:
-        params, cared, done = care(key, params, state.keys, state.reference, batch.inputs)
+        params, cared, done = care(key, params, state.keys, state.reference, batch)
         log = jax.tree.map(lambda log, entry: log.at[state.checks % _LOGGED].set(entry), state.log, done)
         return params, state._replace(keys=cared, checks=state.checks + 1, log=log, placed=state.placed + done.placed)
 

@@ -72,7 +72,7 @@ def masked_network(
 
     def loss(key: Key, params: Masked, state: MaskedTasks, batch: Batch) -> tuple[Array, Metrics]:
         sampled, nats = method.sample(key, params, state.of_method)
-        logits = training_apply(sampled, _filled(batch)) if training_apply else apply(sampled, batch.inputs)
+        logits = (training_apply or apply)(sampled, batch.inputs)
         value, metrics = cross_entropy(logits, batch, label_smoothing=label_smoothing)
         penalty = penalty_weight * nats / jnp.maximum(batch.weights.sum(), 1)
         return value + penalty, metrics | {"penalty": penalty}
@@ -85,13 +85,13 @@ def masked_network(
 
     def refresh(key: Key, params: Masked, state: MaskedTasks, batch: Batch) -> tuple[Masked, MaskedTasks]:
         assert features is not None  # or it would not be called
-        hidden = features(method.current(params, state.of_method), _filled(batch))
+        hidden = features(method.current(params, state.of_method), batch.inputs)
         covered = {path: hidden[path] for path in method.bank(state.of_method).owner if path in hidden}
         return params, state._replace(of_method=refresh_ratios(state.of_method, covered))
 
     def observe(key: Key, params: Masked, state: MaskedTasks, batch: Batch) -> MaskedTasks:
         assert statistics is not None  # or it would not be called
-        measured = statistics(method.current(params, state.of_method), _filled(batch))
+        measured = statistics(method.current(params, state.of_method), batch.inputs)
         weight = batch.weights.sum()
         sums = {path: total + weight * measured[path] for path, total in state.statistics.items()}
         return state._replace(statistics=sums, examples=state.examples + weight)
@@ -120,10 +120,3 @@ def masked_network(
         refresh_every=refresh_every, fresh_optimizer=True, tasks=method.tasks,
     )  # fmt: skip
     return strategy._replace(observe=observe) if statistics else strategy  # without it a pass would be for nothing
-
-
-def _filled(batch: Batch) -> Array:
-    """The inputs [B, ...] with real examples again where others only fill up, since statistics are of all."""
-    count = jnp.maximum(batch.weights.sum().astype(jnp.int32), 1)
-    order = jnp.argsort(batch.weights <= 0, stable=True)  # real ones first
-    return batch.inputs[order[jnp.arange(len(order)) % count]]

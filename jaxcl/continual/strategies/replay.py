@@ -54,7 +54,7 @@ def remember(key: Key, memory: Memory, batch: Batch, logits: Array | None = None
     """
     size, count = len(memory.labels), len(batch.labels)
     real = batch.weights > 0
-    number = memory.seen + jnp.cumsum(real) - 1
+    number = memory.seen + jnp.cumsum(real, dtype=jnp.int32) - 1
     drawn = jax.random.randint(key, (count,), 0, jnp.maximum(number, 0) + 1)
     slot = jnp.where(number < size, number, drawn)
     slot = jnp.where(real & (slot < size), slot, size)  # past the end: dropped
@@ -71,7 +71,7 @@ def remember(key: Key, memory: Memory, batch: Batch, logits: Array | None = None
         put(memory.labels, batch.labels),
         put(memory.eligible, batch.eligible),
         memory.logits if logits is None else put(memory.logits, logits),
-        memory.seen + real.sum(),
+        memory.seen + real.sum(dtype=jnp.int32),
     )
 
 
