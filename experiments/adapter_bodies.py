@@ -169,7 +169,9 @@ def permuted_digits(*, tasks: int, seeds: int, layers: int, epochs: int, validat
         key, continual.naive(apply), optax.adam(3e-3), Adapted(body.params, body.head(head_key)), upright,
         epochs=epochs, batch_size=32, steps_per_call=64,
     )  # fmt: skip
-    own = [streams.permuted(jax.random.key(seed), *split, tasks=tasks) for seed in range(seeds)]
+    # Not the seed's own key, of which the callers make those of training.
+    stream_keys = jax.random.split(jax.random.key(2**20 + 1), seeds)
+    own = [streams.permuted(stream_key, *split, tasks=tasks) for stream_key in stream_keys]
     return body._replace(params=trained.params.adapter), own
 
 

@@ -11,7 +11,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Mapping, Sequence
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +25,6 @@ from experiments.card import Card
 from experiments.common import BaseConfig, claim_folder, finished_before, parse_command
 from experiments.rows import Outcome, file_name, finish, kept
 from jaxcl import coding, gaussian, report
-from jaxcl.coding import Coder
 from jaxcl.gaussian import Gaussian
 from jaxcl.typing import check_at_least, check_between
 
@@ -132,11 +131,6 @@ def _posterior(width: int, bits: float) -> tuple[Gaussian, Gaussian]:
     return gaussian.mean_kl(jnp.full((1, width), 0.6), share, jnp.full(1, bits * math.log(2)), prior), prior
 
 
-@cache
-def _coder(name: str, bits: int) -> Coder:
-    return CODERS[name](bits)
-
-
 def _coded(
     name: str, most: int, seed: int, blocks: np.ndarray, q: Gaussian, p: Gaussian
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -149,7 +143,7 @@ def _coded(
     while len(open_ones):
         padded = np.resize(open_ones, 1 << (len(open_ones) - 1).bit_length())  # few shapes, few compilations
         many = Gaussian(*(jnp.broadcast_to(leaf, (len(padded), leaf.shape[1])) for leaf in q))
-        encoded = _coder(name, bits).encode(jax.random.key(seed), seed, blocks[padded], many, p)
+        encoded = CODERS[name](bits).encode(jax.random.key(seed), seed, blocks[padded], many, p)
         indices[padded], effective[padded] = encoded.indices, encoded.effective_sample_size
         if bits == most:
             break

@@ -35,8 +35,8 @@ def load_features(
         encoder: pixels scales raw ones so that the largest is 1; the others are networks, frozen.
         weights: safetensors file of a vit, resnet50 or convmixer; the others have theirs.
         folder: where a network's features are kept, so that they are computed once.
-        validation: test on a fifth of train, held out, instead of test.
-        limit: use the first so many training examples and a fifth as many test examples.
+        validation: test on a fifth of the training examples, held out, instead of test.
+        limit: use the first so many training examples, before any are held out, and a fifth as many test examples.
         noise: put in place of each value of an example, a pixel or a token, the one that another example, drawn for
             each value anew, has there.
 

@@ -144,17 +144,20 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     check_at_least("rounds", config.rounds, 1)
     check_at_least("epochs", config.epochs, 1)
     check_at_least("coding_epochs", config.coding_epochs, 0)
+    check_at_least("batch_size", config.batch_size, 1)
+    check_at_least("spare_bits", config.spare_bits, 0)
     check_between("bits", config.bits, 0.1, coding.MOST_BITS - config.spare_bits)
     for row in config.rows:
         _parsed(row)  # so that a misspelt one is told before any work
     began = time.perf_counter()
+    task = _task(config)
+    check_between("batch_size", config.batch_size, 1, len(task.train.labels))
+    shapes = jax.eval_shape(task.network.init, jax.random.key(0), task.prepare(jnp.asarray(task.train.inputs[:1])))
+    for row in config.rows:
+        _layout(config, shapes, row, 0)  # so that too small a budget is told before the folder is taken
     settings = claim_folder(config)
     if (document := finished_before(config.out)) is not None:
         return document
-    task = _task(config)
-    shapes = jax.eval_shape(task.network.init, jax.random.key(0), task.prepare(jnp.asarray(task.train.inputs[:1])))
-    for row in config.rows:
-        _layout(config, shapes, row, 0)  # so that too small a budget is told before any work
     seeds = range(config.seeds)
     found = {row: [_Compression(config, task, row, seed).outcome() for seed in seeds] for row in config.rows}
     histories = {row: of_seeds[0]["history"] for row, of_seeds in found.items()}
@@ -237,8 +240,6 @@ class _Compression:
         self._layout: Layout = _layout(config, self._params, row, seed)
         self._posterior: Posterior = POSTERIORS[_parsed(row)[0]](self._layout, config.bits)
         self._an_epoch = len(task.train.labels) // config.batch_size
-        if not self._an_epoch:
-            raise bad_argument("batch_size", config.batch_size, f"pass {len(task.train.labels)} or fewer")
         first, self._steps = config.epochs * self._an_epoch, (config.epochs + config.coding_epochs) * self._an_epoch
         rate = optax.warmup_cosine_decay_schedule(
             0.0,
@@ -334,6 +335,8 @@ class _Compression:
     def _record(self, now: int, told: Told, record: dict[str, Any], bar: "tqdm[Any]", progress: Progress) -> None:
         record["step"] = now + 1
         record["losses"] += float(told.loss)
+        if not math.isfinite(record["losses"]):
+            raise FloatingPointError(f"loss: got {float(told.loss)} in step {now + 1}; lower --learning-rate")
         bar.update()
         if (now + 1) % self._an_epoch == 0:
             loss, record["losses"] = record["losses"] / self._an_epoch, 0.0

@@ -86,9 +86,10 @@ def preset(name: Any, data: str) -> Config:
     if name == "paper":
         # Zhu et al. 2025, section 5: 128 x 128 images made eight times smaller, codes of width 128, Adam at 1e-4, 50
         # epochs of ImageNet in batches of 256. Data sets of small images keep their size.
-        sizes = {"size": 128, "patch": 8} if kind == "folder" else {}
+        if kind == "folder":
+            config = dataclasses.replace(config, size=128, patch=8)
         return dataclasses.replace(
-            config, **sizes, network="conv", blocks=2, hidden=256, width=128, quantizer_rate=1.0, learning_rate=1e-4,
+            config, network="conv", blocks=2, hidden=256, width=128, quantizer_rate=1.0, learning_rate=1e-4,
             commitment_weight=0.25, basis_decay=0.0, steps=250_000, batch_size=256,
             rows=tuple(f"{method}:{codes}" for codes in (1024, 8192, 65536, 262144) for method in ("vq", "simvq")),
             perceptual_weight=1.0, adversarial_start=50_000,

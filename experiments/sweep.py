@@ -36,11 +36,12 @@ def run_grid(config: Config, run: Callable[[Config], Any]) -> list[Any]:
     for entry in config.sweep:  # type: ignore[attr-defined]
         name, _, values = entry.partition("=")
         fields = {field.name for field in dataclasses.fields(config)} - {"sweep", "out", "preset", "data"}  # type: ignore[arg-type]
-        if name not in fields or not values or name in settings:
+        chosen = values.split(",")
+        if name not in fields or not values or name in settings or len(set(chosen)) < len(chosen):
             raise bad_argument(
-                "sweep", entry, f"write each setting once, as codebooks=16,64; there are {sorted(fields)}"
+                "sweep", entry, f"write each setting and value once, as codebooks=16,64; there are {sorted(fields)}"
             )
-        settings[name] = values.split(",")
+        settings[name] = chosen
     if not settings:
         return [run(config)]
     base: Path = config.out  # type: ignore[attr-defined]

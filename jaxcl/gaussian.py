@@ -85,7 +85,8 @@ def mean_kl(raw_mean: PyTree, raw_share: PyTree, budget: PyTree, prior: Gaussian
     A block of weights shares its budget by softmax; of what weight w gets, kappa_w, its mean takes the part
     tanh(raw_mean)^2 and its scale the rest: mean = prior mean + prior scale sqrt(2 kappa_w) tanh(raw_mean), and the
     scale is the one below the prior's whose KL is kappa_w. There is no public code of the authors to differ from.
-    Gradients with respect to all four arguments are finite, also where a share or a slack vanishes.
+    Gradients with respect to all four arguments are finite, also where a share or a slack vanishes. Narrower types are
+    worked on in float32, whose smallest scale is that of some 88 nats for one weight: beyond it, it is 0.
 
     Args:
         raw_mean: leaves [..., W]: blocks of W weights.
@@ -100,7 +101,9 @@ def mean_kl(raw_mean: PyTree, raw_share: PyTree, budget: PyTree, prior: Gaussian
     def of_leaf(
         raw_mean: Array, raw_share: Array, budget: Array, prior_mean: Array, prior_scale: Array
     ) -> tuple[Array, Array]:
-        twice = jnp.log(2 * jnp.asarray(budget, raw_share.dtype))[..., None]
+        kind = jnp.promote_types(jnp.result_type(raw_mean, raw_share), jnp.float32)
+        raw_mean, raw_share = raw_mean.astype(kind), raw_share.astype(kind)
+        twice = jnp.log(2 * jnp.asarray(budget, kind))[..., None]
         log_twice_kappa = twice + jax.nn.log_softmax(raw_share, axis=-1)
         mean = prior_mean + prior_scale * jnp.exp(log_twice_kappa / 2) * jnp.tanh(raw_mean)
         scale = prior_scale * _ratio_of_log_slack(log_twice_kappa - 2 * _log_cosh(raw_mean))

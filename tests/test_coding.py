@@ -11,6 +11,7 @@ from helpers import assert_close
 from scipy import special, stats
 
 from jaxcl import coding, gaussian, threefry
+from jaxcl.continual.compilations import count_compilations
 from jaxcl.gaussian import Gaussian
 
 pytestmark = pytest.mark.core
@@ -195,6 +196,22 @@ def test_seeds_are_words(seed):
         coding.mrc(4).encode(jax.random.key(0), seed, np.zeros(1, np.uint32), q, p)
 
 
+@pytest.mark.parametrize("blocks", [0, 1, 2, 4])
+def test_there_is_a_block_for_each_row_of_means(blocks):
+    q, p = posterior(3, 4, 3)
+    with pytest.raises(ValueError, match=rf"blocks: got {blocks} for means of shape \(3, 4\)"):
+        coding.mrc(4).encode(jax.random.key(0), 0, np.arange(blocks), q, p)
+
+
+def test_coders_of_as_many_bits_share_a_compilation_and_narrow_posteriors_are_coded():
+    q, p = posterior(3, 4, 3)
+    narrow = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), (q, p))
+    with count_compilations(("_race",)) as compilations:
+        for of in ((q, p), (q, p), narrow):
+            encoded = coding.orc(5).encode(jax.random.key(0), 0, np.arange(3), *of)
+    assert compilations["_race"] == 2 and encoded.effective_sample_size.dtype == jnp.float32
+
+
 def test_means_must_be_blocks():
     with pytest.raises(ValueError, match=r"q\.mean: got shape"):
         coding.mrc(4).encode(
@@ -265,6 +282,7 @@ def test_layouts_are_checked(arguments, message):
     [
         {"mlp/~/linear_0": {"w": jnp.zeros(3)}}, {"a/b": jnp.zeros(3), "a": {"b": jnp.zeros(3)}}, [jnp.zeros(3)],
         {"a": (jnp.zeros(3), jnp.zeros(3))}, {"a\tb": jnp.zeros(3)}, {"a" * 2000: jnp.zeros(3)},
+        {"count": jnp.int32(5)}, {"a": jnp.zeros((1,) * 33)},
     ],
 )  # fmt: skip
 def test_trees_that_could_not_be_given_back_are_refused(params):

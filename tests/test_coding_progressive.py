@@ -129,6 +129,31 @@ def test_a_network_is_compressed_while_it_trains(compiled, tmp_path):
     assert compiled["step"] == 1
 
 
+@pytest.mark.parametrize("name", POSTERIORS)
+@pytest.mark.parametrize(("kind", "wide"), [("bfloat16", False), ("float16", False), ("float64", True)])
+def test_networks_of_other_types_are_trained_in_one_compilation(name, kind, wide):
+    """What a step takes and gives has the same types, before anything is coded and after."""
+    with jax.enable_x64(wide):
+        params = jax.tree.map(lambda leaf: leaf.astype(kind), PARAMS)
+        posterior, progress = POSTERIORS[name], coding.nothing_coded(LAYOUT)
+        trainer = coding.trainer(LAYOUT, posterior, optax.adam(3e-2), loss)
+        before = trainer.init(jax.random.key(0), params)
+        after, _ = jax.eval_shape(trainer.step, jax.random.key(1), before, progress, (INPUTS, LABELS))
+        kinds = [jax.tree.map(lambda leaf: leaf.dtype, tree) for tree in (before, after)]
+        assert kinds[0] == kinds[1]
+        variables = coding.with_storable_priors(before.variables)
+        assert jax.tree.map(lambda leaf: leaf.dtype, variables) == kinds[0].variables
+        assert progress.values.dtype == progress.kl.dtype == jnp.float32
+
+
+def test_posteriors_that_are_not_finite_are_not_coded():
+    posterior, progress = POSTERIORS["mean_var"], coding.nothing_coded(LAYOUT)
+    variables = posterior.init(jax.random.key(0), PARAMS)
+    variables = variables._replace(raw_mean=variables.raw_mean.at[0, 0].set(jnp.nan))
+    with pytest.raises(FloatingPointError, match="look at its losses"):
+        coding.encode_next(jax.random.key(0), coding.orc(4), LAYOUT, posterior, variables, progress, 1)
+
+
 def test_there_must_be_blocks_to_code():
     posterior, progress = POSTERIORS["mean_kl"], coding.nothing_coded(LAYOUT)
     variables = posterior.init(jax.random.key(0), PARAMS)

@@ -117,6 +117,7 @@ def test_messages_that_cannot_be_stored_are_refused(tmp_path):
         {"kl": math.nan}, {"bits": 31}, {"bits": 0}, {"indices": np.zeros(3, np.uint32)},
         {"indices": np.full(LAYOUT.blocks, -1)}, {"scales": np.ones(3, np.float32)},
         {"scales": np.zeros(4, np.float32)}, {"scales": np.full(4, 2.0**-100, np.float32)},
+        {"scales": np.ones(4)}, {"indices": np.ones(LAYOUT.blocks)},
     ):  # fmt: skip
         with pytest.raises(ValueError, match=rf"message\.{next(iter(other))}: got"):
             coding.save(path, message()._replace(**other))

@@ -153,6 +153,37 @@ def test_usage_and_overlap_are_counted(name):
     assert masks.mask_overlap(begin()[1].bank, 2).tolist() == [[1, 1], [1, 1]]
 
 
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize(("kind", "wide"), [("bfloat16", False), ("float32", True)])
+def test_weights_keep_their_type(name, kind, wide):
+    with jax.enable_x64(wide):
+        method, params = method_of(name), jax.tree.map(lambda leaf: leaf.astype(kind), network_params())
+        masked, state = method.init(jax.random.key(0), params)
+        for made in (
+            jax.eval_shape(method.sample, jax.random.key(0), masked, state)[0],
+            jax.eval_shape(method.current, masked, state),
+            jax.eval_shape(method.select, masked, state, 0),
+        ):
+            assert jax.tree.map(lambda leaf: leaf.dtype, made) == jax.tree.map(lambda leaf: leaf.dtype, params)
+
+
+def test_packnet_keeps_no_weight_that_does_nothing():
+    method = masks.packnet(covers, 2, share=0.5, prune_after=1)
+    masked, state = method.init(jax.random.key(0), network_params())
+    masked, state = method.commit(jax.random.key(0), masked, state, 0)
+    _, state = method.commit(jax.random.key(0), masked, state, 1)  # nothing was trained: what is free is 0
+    bank = method.bank(state)
+    for path in bank.owner:
+        np.testing.assert_array_equal(masks.task_mask(bank, path, 1), masks.task_mask(bank, path, 0))
+
+
+def test_packnet_begins_what_it_pruned_anew():
+    _, (masked, state) = results("packnet")[0]
+    weights = trees.leaves_by_path(masked.weights)
+    for path, free in masks.is_free(state.bank).items():
+        assert free.any() and not weights[path][free].any() and weights[path][~free].all()
+
+
 def test_without_re_use_masks_are_disjoint():
     _, of_tasks = masks_of("ib_masks, no re-use")
     assert all((kept.sum(axis=0) <= 1).all() for kept in of_tasks.values())
@@ -247,8 +278,9 @@ def test_a_task_of_packnet_uses_all_before_it_and_its_share_of_the_free():
     masked, state = method.init(jax.random.key(0), network_params())
     weights = {path: np.asarray(leaf) for path, leaf in trees.leaves_by_path(masked.weights).items() if covers(path)}
     free = {path: np.ones(leaf.shape, bool) for path, leaf in weights.items()}
+    trained = masked  # in each task, to the same weights
     for task, share in enumerate((0.5, 0.25, 1.0)):
-        masked, state = method.commit(jax.random.key(0), masked, state, task)
+        _, state = method.commit(jax.random.key(0), trained, state, task)
         for path, leaf in weights.items():
             keep = int(np.ceil(np.float32(share) * free[path].sum()))
             strength = np.sort(np.abs(leaf[free[path]]))[::-1]

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from jaxcl import files, trees
-from jaxcl.coding.storage import Message, decode, load
+from jaxcl.coding.storage import LIMIT, Message, decode, load
 from jaxcl.typing import bad_argument
 
 
@@ -24,9 +24,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     decoder.add_argument("--out", type=Path, required=True, help="a .npz file, or a .safetensors file")
     for command in (inspect, decoder):
         command.add_argument("file", type=Path)
+        command.add_argument("--limit", type=int, default=LIMIT, help="the most weights that are decoded (%(default)s)")
     arguments = parser.parse_args(argv)
     try:
-        message = load(arguments.file)
+        message = load(arguments.file, limit=arguments.limit)
         if arguments.command == "inspect":
             print(describe(message, arguments.file.stat().st_size))
         else:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from jaxcl import threefry
 from jaxcl.gaussian import Gaussian
-from jaxcl.typing import Array, ArrayLike, Key, check_between, check_rank
+from jaxcl.typing import Array, ArrayLike, Key, bad_argument, check_between, check_rank
 
 MOST_BITS = 30  # of an index
 _CHUNK = 1 << 18  # candidates of all blocks that are looked at together, about
@@ -50,19 +50,19 @@ def mrc(bits: int) -> Coder:
     coded in any groups, and split over devices.
 
     Raises:
-        ValueError: bits outside 1 to 30; means that are not [M, W].
+        ValueError: bits outside 1 to 30; in `encode`, no block, or means that are not [M, W].
     """
     return _coder(bits, _independent_arrivals)
 
 
 def orc(bits: int) -> Coder:
-    """Ordered random coding (Theis and Yosri 2022, arXiv 2109.15152): as `mrc`, with indices that tend to be low.
+    """Ordered random coding (Theis and Yosri 2022, arXiv 2110.12805): as `mrc`, with indices that tend to be low.
 
     Arrivals are those of `mrc` in rising order, which leaves the sample's distribution as it was, and an entropy coder
     needs less than `bits` for an index. A race ends early where no later candidate can win.
 
     Raises:
-        ValueError: bits outside 1 to 30; in `encode`, means that are not [M, W].
+        ValueError: as `mrc`.
     """
     return _coder(bits, _ordered_arrivals)
 
@@ -75,7 +75,7 @@ def astar(bits: int) -> Coder:
     (Li and El Gamal 2018). A block that 2^bits candidates leave undecided keeps the best, and `decided` says so.
 
     Raises:
-        ValueError: bits outside 1 to 30; in `encode`, means that are not [M, W].
+        ValueError: as `mrc`.
     """
     return _coder(bits, _poisson_arrivals)
 
@@ -106,13 +106,17 @@ def _poisson_arrivals(waits: Array, before: Array, _: Array, __: int) -> _Arriva
 
 def _coder(bits: int, process: _Process) -> Coder:
     check_between("bits", bits, 1, MOST_BITS)
-    race = jax.jit(partial(_race, count=2**bits, process=process))
 
     def encode(key: Key, seed: ArrayLike | int, blocks: ArrayLike, q: Gaussian, p: Gaussian) -> Encoded:
         check_rank("q.mean", q.mean, 2)
         if isinstance(seed, int):
             check_between("seed", seed, 0, 2**32 - 1)
-        return race(key, jnp.asarray(seed, jnp.uint32), jnp.asarray(blocks, jnp.uint32), q, p)
+        numbers = jnp.asarray(blocks, jnp.uint32)
+        if not numbers.size or q.mean.shape[0] != numbers.size:
+            raise bad_argument(
+                "blocks", f"{numbers.size} for means of shape {q.mean.shape}", "pass one a row, at least one"
+            )
+        return _race(key, jnp.asarray(seed, jnp.uint32), numbers, q, p, count=2**bits, process=process)
 
     return Coder(encode, bits)
 
@@ -131,10 +135,12 @@ class _Race(NamedTuple):
     squares: Array  # [M], of their squares, over exp(2 top)
 
 
+@partial(jax.jit, static_argnames=("count", "process"))
 def _race(
     key: Key, seed: Array, blocks: Array, q: Gaussian, p: Gaussian, *, count: int, process: _Process
 ) -> Encoded:  # fmt: skip
     """Races of M blocks with `count` candidates at most."""
+    q, p = jax.tree.map(lambda leaf: leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32)), (q, p))
     delta = (q.mean - p.mean) / p.scale
     ratio = jnp.broadcast_to(q.scale / p.scale, delta.shape)
     bound = _largest_log_weight(delta, ratio)

@@ -20,7 +20,7 @@ from jaxcl.typing import Array, ArrayLike, PyTree, bad_argument, check_between
 _SHUFFLE = 0xFFFFFFFF
 _HASH = 0xFFFFFFFE
 _SIZES = 2**31 - 1  # places are int32
-_PATH, _DEPTH = 1000, 64  # of a leaf: characters and dicts
+_PATH, _DEPTH, _AXES = 1000, 64, 32  # of a leaf: characters, dicts, axes
 
 
 class Leaf(NamedTuple):
@@ -58,24 +58,28 @@ def layout_of(params: PyTree, *, width: int, seed: int = 0, values: Mapping[str,
     """The layout of a tree of nested dicts.
 
     Args:
-        params: leaves of any shape.
+        params: leaves of floats, of any shape; files hold, and give back, float32.
         width: W, values of a block.
         seed: of the shuffle and of what shares a value, in [0, 2^32).
         values: by path, how many values a leaf keeps, where that is fewer than it has weights: the hashing trick (Chen
             et al. 2015, arXiv 1504.04788), here with values that serve equally many weights, but for one.
 
     Raises:
-        ValueError: a tree of something else, a leaf without weights, a path that the tree has not, or numbers out of
-            range.
+        ValueError: a tree of something else, a leaf without weights or not of floats, a path that the tree has not, or
+            numbers out of range.
     """
-    shapes = {path: jnp.shape(leaf) for path, leaf in trees.leaves_by_path(params).items()}
+    given_leaves = trees.leaves_by_path(params)
+    for path, leaf in given_leaves.items():
+        if not jnp.issubdtype(kind := jnp.result_type(leaf), jnp.floating):
+            raise bad_argument("params", f"{path} of {kind}", "only leaves of floats are coded: leave it out")
+    shapes = {path: jnp.shape(leaf) for path, leaf in given_leaves.items()}
     kept = dict(values or {})
     if unknown := kept.keys() - shapes.keys():
         raise bad_argument("values", f"paths {sorted(unknown)}", f"choose from {sorted(shapes)}")
     leaves = tuple(Leaf(path, shape, kept.get(path, math.prod(shape))) for path, shape in shapes.items())
     found = Layout(leaves, width, seed)
     check_layout(found)
-    decoded, given = (str(jax.tree.structure(tree)) for tree in (nested(trees.leaves_by_path(params)), params))
+    decoded, given = (str(jax.tree.structure(tree)) for tree in (nested(given_leaves), params))
     if decoded != given:
         raise bad_argument("params", given, "pass nested dicts whose keys have no '/'")
     return found
@@ -98,6 +102,8 @@ def check_layout(layout: Layout) -> None:
     for leaf in layout.leaves:
         if not leaf.size:
             raise bad_argument("params", f"{leaf.path} of shape {leaf.shape}", "leave out what has no weights")
+        if len(leaf.shape) > _AXES or not all(1 <= size < 1 << 31 for size in leaf.shape):
+            raise bad_argument("params", f"{leaf.path} of shape {leaf.shape}", f"reshape it to {_AXES} axes or fewer")
         check_between(f"values[{leaf.path!r}]", leaf.values, 1, leaf.size)
     check_between("weights", max(layout.weights, layout.blocks * layout.width), 1, _SIZES)
 

@@ -81,7 +81,8 @@ def _prior(variables: Variables, leaf_of: np.ndarray) -> Gaussian:
 
 
 def _first_variables(shape: tuple[int, ...], spread: float, key: Key, params: PyTree) -> Variables:
-    scales = jnp.stack([jnp.sqrt(jnp.mean(jnp.square(leaf))) for leaf in jax.tree.leaves(params)])
+    # In float32, as files have them, whatever the parameters are trained in.
+    scales = jnp.stack([jnp.sqrt(jnp.mean(jnp.square(leaf.astype(jnp.float32)))) for leaf in jax.tree.leaves(params)])
     return Variables(
         0.5 * threefry.standard_normal(key, shape), jnp.full(shape, spread, jnp.float32),
         jnp.log(jnp.maximum(scales, _SMALLEST_SCALE)),
@@ -100,9 +101,8 @@ class Progress(NamedTuple):
 def nothing_coded(layout: Layout) -> Progress:
     """The progress [M, W] of a compression that begins."""
     blocks, width = layout.blocks, layout.width
-    return Progress(
-        jnp.zeros((), jnp.int32), jnp.zeros(blocks, jnp.uint32), jnp.zeros((blocks, width)), jnp.zeros(blocks)
-    )  # fmt: skip
+    values, kl = jnp.zeros((blocks, width), jnp.float32), jnp.zeros(blocks, jnp.float32)
+    return Progress(jnp.zeros((), jnp.int32), jnp.zeros(blocks, jnp.uint32), values, kl)
 
 
 def sample_values(key: Key, q: Gaussian, progress: Progress) -> Array:
@@ -154,7 +154,11 @@ def trainer(
         loss: (params, batch) -> [], the mean over a batch, in nats.
         penalty: what a nat counts at first.
         penalty_rate: by what share of itself that changes in a step.
+
+    Raises:
+        ValueError: a penalty that is not above 0.
     """
+    check_at_least("penalty", penalty, 1e-30)
     of_weights = places(layout).of_weights
     blocks = jnp.arange(layout.blocks)
 
@@ -204,6 +208,7 @@ def encode_next(
 
     Raises:
         ValueError: a count below 1, or no block is left.
+        FloatingPointError: posteriors that are not finite.
     """
     start = int(progress.coded)
     check_at_least("count", count, 1)
@@ -214,6 +219,8 @@ def encode_next(
     q, p = (Gaussian(of.mean[blocks], of.scale[blocks]) for of in posterior.gaussians(variables))
     encoded = coder.encode(key, layout.seed, blocks, q, p)
     spent = gaussian.kl(q, p).sum(axis=1) / math.log(2)
+    if not np.isfinite(spent).all():
+        raise FloatingPointError(f"variables: a KL of {spent} bits; training went wrong before: look at its losses")
     indices, decoded, kl = map(np.array, progress[1:])  # on the host, where no slice is compiled
     indices[blocks], kl[blocks] = encoded.indices, spent
     progress = Progress(jnp.asarray(end, jnp.int32), jnp.asarray(indices), progress.values, jnp.asarray(kl))

@@ -31,9 +31,8 @@ _WORDS = "\n".join((
     "params/Dense_1/bias\t", "params/Dense_1/kernel\t",
 )).encode()  # fmt: skip
 _HEADER_LIMIT = 1 << 20  # bytes of a header, inflated
-_AXES = 32  # of a leaf
 _SCALES = (1e-28, 1e37)  # candidates are from 2e-10 to 6.4: no weight is subnormal, and none overflows
-_LIMIT = 1 << 25  # weights, unless a caller allows more
+LIMIT = 1 << 25  # weights, unless a caller allows more
 
 
 class Message(NamedTuple):
@@ -97,7 +96,7 @@ def header_bytes(layout: Layout, bits: int) -> int:
     return len(_header(_Header(layout, bits, float(bits), 0))) + 2 * len(layout.leaves) + 4
 
 
-def load(path: str | os.PathLike[str], *, limit: int = _LIMIT) -> Message:
+def load(path: str | os.PathLike[str], *, limit: int = LIMIT) -> Message:
     """Reads what `save` wrote.
 
     Args:
@@ -145,7 +144,10 @@ def _parts(content: bytes) -> tuple[_Header, bytes]:
     start = len(_MAGIC) + 2
     end = start + struct.unpack("<H", content[len(_MAGIC) : start])[0]
     inflater = zlib.decompressobj(-15, zdict=_WORDS)
-    numbers, *lines = inflater.decompress(content[start:end], _HEADER_LIMIT).decode().split("\n")
+    text = inflater.decompress(content[start:end], _HEADER_LIMIT)
+    if not inflater.eof or inflater.unused_data:
+        raise ValueError("header")
+    numbers, *lines = text.decode().split("\n")
     kl, *rest = numbers.split(" ")
     width, seed, bits, adaptive = map(int, rest)
     layout = Layout(tuple(map(_leaf, lines)), width, seed)
@@ -157,6 +159,7 @@ def _read(header: _Header, content: bytes) -> Message:
     """The message behind a header; any error means that it is damaged."""
     layout, bits, kl, adaptive = header
     check_between("bits", bits, 1, MOST_BITS)
+    check_between("adaptive", adaptive, 0, 1)
     upper = np.frombuffer(content, "<u2", len(layout.leaves))
     body = content[upper.nbytes :]
     if adaptive:
@@ -179,12 +182,17 @@ def _check(message: Message) -> None:
     check_layout(layout)
     check_between("message.bits", bits, 1, MOST_BITS)
     check_between("message.kl", kl, 0, 1e9)
-    if indices.shape != (layout.blocks,):
-        raise bad_argument("message.indices", f"shape {indices.shape}", f"pass one for each of {layout.blocks} blocks")
+    if indices.shape != (layout.blocks,) or not np.issubdtype(indices.dtype, np.integer):
+        given = f"{indices.dtype} of shape {indices.shape}"
+        raise bad_argument("message.indices", given, f"pass an integer for each of {layout.blocks} blocks")
     for index in (indices.min(), indices.max()):
         check_between("message.indices", int(index), 0, 2**bits - 1)
     low, high = _SCALES
-    sound = scales.shape == (len(layout.leaves),) and ((scales >= low) & (scales <= high)).all()
+    sound = (
+        scales.dtype == np.float32
+        and scales.shape == (len(layout.leaves),)
+        and ((scales >= low) & (scales <= high)).all()
+    )
     if not sound or not np.array_equal(scales, storable(scales)):
         fix = f"pass one from {low} to {high} for each leaf, rounded with storable() before anything is coded"
         raise bad_argument("message.scales", scales, fix)
@@ -199,8 +207,6 @@ def _leaf(line: str) -> Leaf:
     path, rest = line.split("\t")
     sizes, colon, kept = rest.partition(":")
     shape = tuple(map(int, sizes.split()))
-    if len(shape) > _AXES or not all(1 <= size < 1 << 31 for size in shape):
-        raise ValueError(f"shape {sizes}")
     return Leaf(path, shape, int(kept) if colon else math.prod(shape))
 
 

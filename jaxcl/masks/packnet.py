@@ -60,14 +60,15 @@ def packnet(
         return current(masked, state), jnp.float32(0)
 
     def prune(masked: Masked, state: PackNetState) -> Named:
-        """The largest of the free weights."""
+        """The largest of the free weights, but for those at 0, of which there may be many."""
         weights, part = leaves_by_path(masked.weights), jnp.asarray(shares)[state.task]
         chosen = {}
         for path, free in is_free(state.bank).items():
             strength = jnp.where(free, jnp.abs(weights[path]), jnp.inf).reshape(-1)
             count = free.sum()
             keep = jnp.minimum(jnp.ceil(part * count).astype(jnp.int32), count)
-            chosen[path] = free & (strength >= kth_smallest(strength, count - keep + 1)).reshape(free.shape)
+            large = strength >= kth_smallest(strength, count - keep + 1)
+            chosen[path] = free & (large & (strength > 0)).reshape(free.shape)
         return chosen
 
     def protect(masked: Masked, updates: Masked, state: PackNetState) -> tuple[Masked, PackNetState]:
@@ -80,6 +81,10 @@ def packnet(
         kept = {path: late[path] | ~free for path, free in is_free(state.bank).items()}
         bank = record(state.bank, task, kept, masked.weights)
         following = jnp.minimum(jnp.int32(task) + 1, tasks - 1)
+        weights = leaves_by_path(masked.weights)
+        # What was pruned begins the next task at 0, where the others of its layer make it differ from its like.
+        pruned = {path: jnp.where(kept[path], weights[path], 0) for path in kept}
+        masked = masked._replace(weights=replace_leaves(masked.weights, pruned))
         return masked, PackNetState(bank, is_free(bank), jnp.int32(0), following)
 
     def select(masked: Masked, state: PackNetState, task: Array | int) -> PyTree:

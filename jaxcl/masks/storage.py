@@ -213,9 +213,11 @@ def _read_header(content: bytes) -> _Header:
     header = json.loads(content[start:end])
     shapes = {name: _shape(shape) for name, shape in header["masks"].items()}
     own = {name: (_dtype(kind), _shape(shape)) for name, (kind, *shape) in header["own"].items()}
-    bits, lengths = header["scale_bits"], [int(length) for length in header["coded"]]
-    if bits not in (None, *range(9), _FLOAT):
+    bits, lengths = header["scale_bits"], list(_shape(header["coded"]))
+    if not (bits is None or type(bits) is int) or bits not in (None, *range(9), _FLOAT):
         raise ValueError(f"{bits} bits")
+    if not 1 <= len(lengths) <= FREE or shapes.keys() & own.keys():
+        raise ValueError(f"{len(lengths)} tasks, leaves {sorted(shapes)} and {sorted(own)}")
     floats = sum(math.prod(_floats_of_scales(bits, shape)) for shape in shapes.values())
     leaves = sum(kind.itemsize * math.prod(shape) for kind, shape in own.values())
     weights = {name: (_dtype(kind), _shape([count])[0]) for name, (kind, count) in header.get("weights", {}).items()}
@@ -223,7 +225,7 @@ def _read_header(content: bytes) -> _Header:
         raise ValueError(f"weights of {sorted(weights)}")
     stored = sum(kind.itemsize * count for kind, count in weights.values())
     length = end + sum(lengths) + len(lengths) * (4 * floats + leaves) + stored
-    if min(lengths, default=-1) < 0 or length != len(content) - 4:
+    if length != len(content) - 4:
         raise ValueError(f"{len(content)} bytes")
     if sum(map(math.prod, shapes.values())) * len(lengths) > _WEIGHTS_A_BYTE * len(content):
         raise ValueError(f"{shapes} in {len(content)} bytes")
@@ -231,7 +233,7 @@ def _read_header(content: bytes) -> _Header:
 
 
 def _shape(sizes: list[int]) -> tuple[int, ...]:
-    if not all(isinstance(size, int) and size >= 0 for size in sizes):
+    if not all(type(size) is int and size >= 0 for size in sizes) or math.prod(filter(None, sizes)) >= 2**40:
         raise ValueError(f"shape {sizes}")
     return tuple(sizes)
 

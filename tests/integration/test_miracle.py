@@ -117,12 +117,22 @@ def test_a_finished_row_is_not_trained_again_and_a_finished_run_is_told(smoke, t
         (["--epochs", "0"], "epochs: got 0; pass 1 or more"),
         (["--values", "params/Dense_0/kernel"], "values: got .*; write it as params/Dense_0/kernel=8000"),
         (["--values", "params/kernel=7"], r"values: got paths \['params/kernel'\]; choose from"),
-        (["--batch-size", "400"], "batch_size: got 400; pass 300 or fewer"),
+        (["--batch-size", "400"], "batch_size: got 400; pass a number from 1 to 300"),
+        (["--batch-size", "0"], "batch_size: got 0; pass 1 or more"),
+        (["--spare-bits", "-6"], "spare_bits: got -6; pass 0 or more"),
     ],
 )
 def test_bad_settings_are_told(tmp_path, arguments, message):
     with pytest.raises(ValueError, match=message):
         miracle.main([*SMOKE, *arguments, "--out", str(tmp_path)])
+    assert not list(tmp_path.iterdir())  # so that the command can be put right
+
+
+def test_a_loss_that_is_no_number_ends_the_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(miracle._Compression, "_loss", lambda self, params, batch: float("nan") * batch[0].sum())
+    with pytest.raises(FloatingPointError, match="loss: got nan in step 1; lower --learning-rate"):
+        miracle.main([*SMOKE, "--out", str(tmp_path)])
+    assert not list((tmp_path / "checkpoints").glob("*/[0-9]*"))
 
 
 def test_pruning_sets_the_smallest_weights_to_zero():
