@@ -125,14 +125,14 @@ def in_words(
     loaders: dict[str, Callable[..., tuple[Any, PyTree]]] = {"t5": nets.load_t5, "llama": nets.load_llama}
     check_choice("model", kind, loaders)
     network, params = loaders[kind](place)
-    ends = json.loads((Path(place) / "config.json").read_text()).get("eos_token_id", 1 if kind == "t5" else 2)
-    end = ends[0] if isinstance(ends, list) else ends  # later Llamas have several
+    ends = json.loads((Path(place) / "config.json").read_text()).get("eos_token_id")
+    end = ends[0] if isinstance(ends, list) and ends else ends  # later Llamas have several
+    end = {"t5": 1, "llama": 2}[kind] if end in (None, []) else end
     tokenizer, names = Path(place) / "tokenizer.json", tasks[0].train.label_names
-    bare = data.tokenize(names, tokenizer, length=32, special=False)
-    longest = int((bare != 0).sum(axis=1).max())
-    answers = np.zeros((len(names), longest + 1), np.int32)
-    for answer, tokens in zip(answers, bare, strict=True):
-        count = int((tokens != 0).sum())
+    bare = data.tokenize(names, tokenizer, length=32, special=False, fill=nets.NO_TOKEN)
+    counts = (bare != nets.NO_TOKEN).sum(axis=1)
+    answers = np.full((len(names), counts.max() + 1), nets.NO_TOKEN, np.int32)
+    for answer, tokens, count in zip(answers, bare, counts, strict=True):
         answer[:count], answer[count] = tokens[:count], end
     if len(np.unique(answers, axis=0)) != len(names):
         raise bad_argument("model", model, f"its tokenizer does not tell the labels apart: {names}")
@@ -140,7 +140,15 @@ def in_words(
         params, lambda params: nets.text_to_text(network, params, answers, end=end), lambda key: (), None,
         nets.real_tokens(network, answers),
     )  # fmt: skip
-    return body, token_streams(tasks, orders, tokenizer, length=length, classes=len(names) + 1)
+    made = token_streams(tasks, orders, tokenizer, length=length, classes=len(names) + 1)
+    largest = max(int(np.asarray(tokens).max()) for tokens in (answers, made[0].train.inputs, made[0].test.inputs))
+    if largest >= network.vocabulary:
+        raise bad_argument(
+            "model",
+            model,
+            f"its tokenizer has token {largest}, the network {network.vocabulary}: they do not belong together",
+        )
+    return body, made
 
 
 def permuted_digits(*, tasks: int, seeds: int, layers: int, epochs: int, validation: bool) -> tuple[Body, list[Stream]]:

@@ -63,7 +63,9 @@ def _answers(features: Features, result: Result, state: PyTree, stream: Stream) 
     """Accuracies at the end, means over tasks, by each head: the task told or not."""
     labels, own = np.asarray(stream.test.labels), stream.eligible_in_training
     shown = [_shown(features, result, state, stream, part) for part in stream.test_sets]
-    answered = {"classifier": [np.asarray(cosine_logits(result.params.head, jnp.asarray(made))) for made in shown]}
+    answered: dict[str, list[np.ndarray]] = {}
+    if "loss" in result.history[0]:  # or the classifier was not trained
+        answered["classifier"] = [np.asarray(cosine_logits(result.params.head, jnp.asarray(made))) for made in shown]
     row: dict[str, float] = {}
     around = result.strategy_state
     if isinstance(around, Answered | ClassMeans):
@@ -71,8 +73,8 @@ def _answers(features: Features, result: Result, state: PyTree, stream: Stream) 
         means, unit = np.asarray(normalise(past.sums)), [np.asarray(normalise(jnp.asarray(made))) for made in shown]
         answered["means"] = [np.where(np.asarray(past.counts) > 0, made @ means.T, -np.inf) for made in unit]
         if isinstance(around, Answered):
-            kernel, bias = np.asarray(around.of_classifier.kernel), np.asarray(around.of_classifier.bias)
-            answered["discriminant"] = [made @ kernel + bias for made in unit]
+            origin, kernel, bias = map(np.asarray, (around.of_classifier.moments.origin, *around.of_classifier[1:]))
+            answered["discriminant"] = [(made - origin) @ kernel + bias for made in unit]
         whole, of_whole = np.concatenate(unit), np.concatenate([labels[part.rows] for part in stream.test_sets])
         now = np.stack([whole[of_whole == k].mean(axis=0) for k in np.unique(of_whole)])
         cosines = np.sum(means[np.unique(of_whole)] * now, axis=1) / np.linalg.norm(now, axis=1)

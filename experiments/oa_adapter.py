@@ -313,7 +313,7 @@ def _method(config: Config, name: Method, tasks: int) -> Adapter | None:
     """The adapters that a method trains; None for none."""
 
     def attention(path: str) -> bool:
-        return path.endswith(("/query/kernel", "/value/kernel"))
+        return path.endswith(tuple(f"/{site}/kernel" for site in ("query", "value", "cross_query", "cross_value")))
 
     def blocks(path: str) -> bool:
         return path.endswith(("/attention_output/kernel", "/cross_output/kernel", "/output/kernel"))

@@ -108,6 +108,8 @@ def main(argv: Sequence[str] | None = None) -> float:
         for number in range(len(losses), config.steps):
             *state, value = step(jax.random.fold_in(key, number), *state)
             losses.append(float(value))
+            if not np.isfinite(losses[-1]):
+                raise FloatingPointError(f"loss: got {losses[-1]} in step {number + 1}; lower --learning-rate")
             bar.set_postfix(loss=f"{np.mean(losses[-100:]):.3f}", refresh=False)
             bar.update()
             if keeper.due():
@@ -133,6 +135,10 @@ def _train_tokenizer(texts: Sequence[str], vocabulary: int, path: Path) -> None:
             show_progress=False,
         ),
     )  # fmt: skip
+    if tokenizer.get_vocab_size() > vocabulary:
+        raise bad_argument(
+            "vocabulary", vocabulary, f"pass {tokenizer.get_vocab_size()} or more: bytes alone take that"
+        )
     tokenizer.post_processor = processors.TemplateProcessing("$A </s>", special_tokens=[("</s>", END)])
     files.write_atomic(path, tokenizer.to_str())
 

@@ -62,10 +62,13 @@ def load_tasks(
         folders = sorted(path.parent for path in Path(place).rglob("labels.json"))
         if not folders:
             raise bad_argument("data", source, "name a folder whose folders are tasks, each with a labels.json")
-        found = {folder.name: data.text_task(folder) for folder in folders}
+        found = {folder.relative_to(place).as_posix(): data.text_task(folder) for folder in folders}
         orders: tuple[tuple[int, ...], ...] = (tuple(range(len(found))),)
     elif kind == "tfds":
-        found = {name: data.text_task_from_tfds(name, test=test_split) for name in place.split(",")}
+        sets = place.split(",")
+        if len(set(sets)) < len(sets):
+            raise bad_argument("data", source, "name each data set once")
+        found = {name: data.text_task_from_tfds(name, test=test_split) for name in sets}
         orders = (tuple(range(len(found))),)
     else:
         found = {name: data.cl_text(name) for name in ORDERS[kind][0]}
@@ -131,10 +134,10 @@ def text_streams(
 def token_streams(
     tasks: Sequence[TextTask], orders: Sequence[Sequence[int]], tokenizer: Path, *, length: int, classes: int
 ) -> list[Stream]:
-    """One stream an order, of each text's tokens [length]; all share the examples."""
+    """One stream an order, of each text's tokens [length], `nets.NO_TOKEN` after them; all share the examples."""
 
     def examples(texts: Texts) -> Examples:
-        return Examples(data.tokenize(texts.texts, tokenizer, length=length), texts.labels)
+        return Examples(data.tokenize(texts.texts, tokenizer, length=length, fill=nets.NO_TOKEN), texts.labels)
 
     return _in_orders([(examples(task.train), examples(task.test)) for task in tasks], orders, classes)
 

@@ -329,10 +329,10 @@ def of_adapters(layout: Layout, network: str, *, split_over: str, name: str = "o
     )
 
     def attention(path: str) -> bool:
-        return path.endswith(("/query/kernel", "/value/kernel"))
+        return path.endswith(tuple(f"/{site}/kernel" for site in ("query", "value", "cross_query", "cross_value")))
 
     def blocks(path: str) -> bool:
-        return path.endswith(("/attention_output/kernel", "/output/kernel"))
+        return path.endswith(("/attention_output/kernel", "/cross_output/kernel", "/output/kernel"))
 
     method = {
         "oa_adapter": lambda: adapters.oa_adapter(blocks, 16, 15, orthogonal_to="outputs"),

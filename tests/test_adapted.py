@@ -297,3 +297,12 @@ def test_training_apart_leaves_other_classes_alone():
     np.testing.assert_array_equal(moved, [True, True, False, False, False, False])
     assert streams.joint(stream).trained is None
     assert stream.eligible.all()
+
+
+def test_sites_that_the_objective_never_calls_are_refused():
+    unused = {"params": PARAMS["params"] | {"embedding": {"kernel": jnp.zeros((4, 8))}}}
+    method = adapters.incremental_lora(lambda path: path.endswith("kernel"), 2, 3)
+    strategy = adapted_network(method, unused, OBJECTIVE)
+    params = Adapted(method.init(jax.random.key(0), unused)[0], jnp.zeros((WIDTH, CLASSES)))
+    with pytest.raises(ValueError, match=r"method: got one for sites \['params/embedding/kernel'\]; cover kernels of"):
+        continual.run(jax.random.key(1), strategy, optax.sgd(0.1), params, THREE, epochs=1, batch_size=8)

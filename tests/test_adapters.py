@@ -282,6 +282,8 @@ def test_principal_angles():
     first = jnp.asarray([[1.0, 0], [0, 1], [0, 0]])
     second = jnp.asarray([[2.0, 0], [0, np.cos(angle)], [0, np.sin(angle)]])
     assert_close(adapters.cosines(first, second), [1, np.cos(angle)])
+    assert_close(adapters.cosines(first * jnp.asarray([1, 1e-5]), second), [1, np.cos(angle)])  # however short
+    assert_close(adapters.cosines(first * jnp.asarray([1, 0]), second), [1, 0])
     assert_close(adapters.cosines(first, jnp.asarray([[0.0], [0], [3]])), [0])
     assert_close(adapters.overlap(first, jnp.asarray([[0.0], [3], [4]])), 9 / 25)
     assert_close(adapters.overlap(first, jnp.zeros((3, 1))), 0)

@@ -236,6 +236,12 @@ def write_pack(path, **changes):
     np.savez_compressed(path, **{name: array for name, array in arrays.items() if array is not None})
 
 
+def write_member(path, name):
+    write_pack(path, **{name: None})
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr(name, b"no array")
+
+
 @pytest.mark.parametrize(
     "spoil",
     [
@@ -246,6 +252,10 @@ def write_pack(path, **changes):
         lambda path: path.write_bytes(path.read_bytes()[:60] + b"\xff" * 20 + path.read_bytes()[80:]),
         lambda path: write_pack(path, test_labels=None),
         lambda path: write_pack(path, train_images=np.zeros((2, 784), np.uint8)),
+        lambda path: write_pack(path, train_labels=np.zeros(3, np.uint8)),
+        lambda path: write_pack(path, train_labels=np.array([0, -3])),
+        lambda path: write_pack(path, train_labels=np.zeros(2)),
+        lambda path: write_member(path, "test_labels"),
         lambda path: write_pack(path, train_images=np.array([{"a": 1}, None], object)),
         lambda path: zipfile.ZipFile(path, "w").close(),
     ],
@@ -257,6 +267,10 @@ def write_pack(path, **changes):
         "flipped bytes",
         "array missing",
         "wrong rank",
+        "labels of others",
+        "labels below 0",
+        "labels that are no integers",
+        "no array",
         "pickled objects",
         "no arrays",
     ],
@@ -271,18 +285,42 @@ def test_a_damaged_pack_gives_one_clear_error(spoil, monkeypatch, tmp_path):
         data.load("mnist")
 
 
+@pytest.mark.parametrize("kind", [np.int64, np.uint64, np.float64])
 @pytest.mark.parametrize("offsets", [[0, 5], [1, 3, 4], [0, 3, 2, 4], []], ids=["past the end", "late", "back", "none"])
-def test_offsets_that_do_not_cut_the_data_are_refused(offsets, monkeypatch, tmp_path):
+def test_offsets_that_do_not_cut_the_data_are_refused(offsets, kind, monkeypatch, tmp_path):
     np.savez(
         tmp_path / "cl_text.npz",
         task_names=np.array(["cb"]),
         cb_label_names=np.array(["yes", "no"]),
         cb_train_bytes=np.frombuffer(b"text", np.uint8),
-        cb_train_offsets=np.array(offsets, np.int64),
+        cb_train_offsets=np.array(offsets, kind),
         cb_train_labels=np.zeros(max(len(offsets) - 1, 0), np.uint8),
     )
     monkeypatch.setenv("JAXCL_DATA", str(tmp_path))
     with pytest.raises(ValueError, match=r"cb_train_offsets: offsets that do not cut"):
+        data.cl_text("cb")
+
+
+@pytest.mark.parametrize(
+    ("changes", "fault"),
+    [
+        ({"cb_train_bytes": np.frombuffer(b"\xff\xfe", np.uint8)}, "cb_train_bytes: .*utf-8"),
+        ({"cb_train_labels": np.array([2], np.uint8)}, "cb_train_labels: labels that are no classes"),
+        ({"cb_train_labels": np.zeros(2, np.uint8)}, "cb_train_labels: 2 uint8 for 1 examples"),
+    ],
+)
+def test_texts_that_are_none_are_refused(changes, fault, monkeypatch, tmp_path):
+    arrays = {"task_names": np.array(["cb"]), "cb_label_names": np.array(["yes", "no"])}
+    for split in ("train", "test"):
+        arrays |= {
+            f"cb_{split}_bytes": np.frombuffer(b"ab", np.uint8), f"cb_{split}_offsets": np.array([0, 2]),
+            f"cb_{split}_labels": np.zeros(1, np.uint8),
+        }  # fmt: skip
+    monkeypatch.setenv("JAXCL_DATA", str(tmp_path))
+    np.savez(tmp_path / "cl_text.npz", **arrays)
+    assert data.cl_text("cb")[0].texts == ["ab"]
+    np.savez(tmp_path / "cl_text.npz", **arrays | changes)
+    with pytest.raises(ValueError, match=f"data pack: got {fault}"):
         data.cl_text("cb")
 
 

@@ -59,7 +59,7 @@ def test_a_damaged_task_is_told(two_tasks, name, content, fault):
 
 def test_labels_of_one_name_are_one(two_tasks):
     tasks, orders = load_tasks(f"json:{two_tasks}", train=8, test=1, validation=False)
-    assert [task.name for task in tasks] == ["b", "a"] and orders == ((0, 1),)
+    assert [task.name for task in tasks] == ["NLI/b", "SC/a"] and orders == ((0, 1),)
     names = tasks[0].train.label_names
     for task in tasks:
         of_texts = {"aa": "good", "ab": "bad", "at": "bad", "ba": "good", "bb": "other", "bt": "other"}
@@ -69,11 +69,19 @@ def test_labels_of_one_name_are_one(two_tasks):
     assert [len(task.train.texts) for task in tasks] == [8, 8]
 
 
+def test_folders_of_one_name_are_two_tasks(two_tasks):
+    write_task(two_tasks / "TC" / "a", ["fine"], [("ca", "fine")], [("ct", "fine")])
+    tasks, orders = load_tasks(f"json:{two_tasks}", train=8, test=1, validation=False)
+    assert [task.name for task in tasks] == ["NLI/b", "SC/a", "TC/a"] and orders == ((0, 1, 2),)
+    with pytest.raises(ValueError, match="data: got tfds:x,x; name each data set once"):
+        load_tasks("tfds:x,x", train=8, test=1, validation=False)
+
+
 def test_validation_texts_are_not_learnt_from(two_tasks):
     numbered = [(f"text {number}", "good") for number in range(10)]
     write_task(two_tasks / "SC" / "c", ["good"], numbered, [("never", "good")])
     tasks, _ = load_tasks(f"json:{two_tasks}", train=100, test=100, validation=True)
-    own = next(task for task in tasks if task.name == "c")
+    own = next(task for task in tasks if task.name == "SC/c")
     assert len(own.train.texts) == 8 and len(own.test.texts) == 2
     assert set(own.train.texts) | set(own.test.texts) == {text for text, _ in numbered}
 

@@ -12,7 +12,7 @@ from helpers import assert_close
 from jaxcl import adapters, continual, nets
 from jaxcl.continual import Adapted, Batch, Examples, streams
 
-ANSWERS = np.array([[5, 6, 1], [7, 1, 0], [5, 1, 0]])
+ANSWERS = np.array([[5, 6, 1], [7, 1, -1], [5, 1, -1]])
 T5 = nets.T5(24, 16, 1, 1, 2, 8, 32, buckets=8, farthest=16)
 LLAMA = nets.Llama(24, 16, 1, 2, 1, 8, 32)
 
@@ -24,7 +24,7 @@ def params_of(net):
 
 PARAMS = {net: params_of(net) for net in (T5, LLAMA)}
 both = pytest.mark.parametrize("net", [T5, LLAMA], ids=["T5", "Llama"])
-TOKENS = np.array([[3, 4, 8, 9], [10, 11, 0, 0], [12, 0, 0, 0]], np.int32)
+TOKENS = np.array([[3, 4, 8, 9], [10, 0, 11, -1], [12, -1, -1, -1]], np.int32)
 
 
 def batch(weights=(1, 1, 1)):
@@ -39,7 +39,7 @@ def nothing(path, inputs, outputs):
 
 def log_likelihoods(net, row):
     """Of an answer's tokens, each text by itself without padding."""
-    text, answer = TOKENS[row][TOKENS[row] != 0], ANSWERS[row][ANSWERS[row] != 0]
+    text, answer = TOKENS[row][TOKENS[row] >= 0], ANSWERS[row][ANSWERS[row] >= 0]
     if net is T5:
         logits = jax.jit(net.apply)(PARAMS[net], text[None], np.r_[0, answer[:-1]][None].astype(np.int32))[0]
     else:
@@ -61,7 +61,9 @@ def test_an_answer_is_the_class_whose_name_is_written(net):
     """And no class is, if what is written is no name."""
     objective = nets.text_to_text(net, PARAMS[net], ANSWERS)
     logits = jax.jit(partial(objective.predict, nothing, ()))(jnp.asarray(TOKENS))
-    written = nets.greedy_decode(net.apply, PARAMS[net], TOKENS, TOKENS != 0, length=3, end=1)
+    written = nets.greedy_decode(
+        net.apply, PARAMS[net], np.maximum(TOKENS, 0), TOKENS >= 0, length=3, end=1, padding=nets.NO_TOKEN
+    )
     expected = [
         next((k for k, answer in enumerate(ANSWERS) if np.array_equal(answer, row)), 3) for row in np.asarray(written)
     ]
@@ -75,11 +77,11 @@ def test_an_answer_is_the_class_whose_name_is_written(net):
 def test_real_tokens_are_those_of_texts_and_answers(net):
     real = nets.real_tokens(net, ANSWERS)
     if net is T5:
-        np.testing.assert_array_equal(real("params/encoder/layers_0/output/kernel", batch()), TOKENS != 0)
-        np.testing.assert_array_equal(real("params/decoder/layers_0/output/kernel", batch()), ANSWERS != 0)
-        np.testing.assert_array_equal(real("params/decoder/layers_0/cross_key/kernel", batch()), TOKENS != 0)
+        np.testing.assert_array_equal(real("params/encoder/layers_0/output/kernel", batch()), TOKENS >= 0)
+        np.testing.assert_array_equal(real("params/decoder/layers_0/output/kernel", batch()), ANSWERS >= 0)
+        np.testing.assert_array_equal(real("params/decoder/layers_0/cross_key/kernel", batch()), TOKENS >= 0)
     else:
-        lengths = [(TOKENS[row] != 0).sum() + (ANSWERS[row] != 0).sum() for row in range(3)]
+        lengths = [(TOKENS[row] >= 0).sum() + (ANSWERS[row] >= 0).sum() for row in range(3)]
         assert real("params/layers_0/output/kernel", batch()).sum(axis=1).tolist() == lengths
 
 

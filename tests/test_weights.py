@@ -185,10 +185,29 @@ def test_a_damaged_shard_is_refused(tmp_path):
 NAMES = {"width": "d_model", "farthest": "max_distance"}
 
 
+class Sizes:
+    width: int
+    farthest: int
+
+
 def test_a_config_is_read_by_names(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "t5", "d_model": 32, "other": null}')
-    values = read_config(tmp_path, "t5", "a T5", NAMES, {"max_distance": 128, "d_model": 1})
+    values = read_config(tmp_path, "t5", "a T5", NAMES, Sizes, {"max_distance": 128, "d_model": 1})
     assert values == {"width": 32, "farthest": 128}
+
+
+@pytest.mark.parametrize("width", ['"32"', "0", "-3", "6.5", "null", "true", "NaN", "[32]"])
+def test_values_of_other_types_are_refused(width, tmp_path):
+    (tmp_path / "config.json").write_text(f'{{"model_type": "t5", "d_model": {width}, "max_distance": 8}}')
+    with pytest.raises(ValueError, match=r"folder: got .*config\.json: d_model .*; a T5 has none such"):
+        read_config(tmp_path, "t5", "a T5", NAMES, Sizes)
+
+
+def test_a_value_whose_default_is_none_may_be_null(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "t5", "d_model": 32, "max_distance": null}')
+    assert read_config(tmp_path, "t5", "a T5", NAMES, Sizes, {"max_distance": None})["farthest"] is None
+    with pytest.raises(ValueError, match="max_distance None"):
+        read_config(tmp_path, "t5", "a T5", NAMES, Sizes)
 
 
 @pytest.mark.parametrize(
@@ -204,9 +223,9 @@ def test_a_config_is_read_by_names(tmp_path):
 def test_another_config_is_refused(text, message, tmp_path):
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(ValueError, match=f"folder: got .*config.json: .*{message}"):
-        read_config(tmp_path, "t5", "a T5", NAMES)
+        read_config(tmp_path, "t5", "a T5", NAMES, Sizes)
     with pytest.raises(FileNotFoundError):
-        read_config(tmp_path / "none", "t5", "a T5", NAMES)
+        read_config(tmp_path / "none", "t5", "a T5", NAMES, Sizes)
 
 
 def test_copies_are_told_from_others():

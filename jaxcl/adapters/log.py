@@ -40,8 +40,8 @@ def log_switches(
     active = jnp.stack(list(now.values()))
     switched = (active != jnp.stack(list(before.values()))).ravel()
     room = len(log.events.step)
-    place = jnp.where(switched, log.seen + jnp.cumsum(switched) - 1, room)  # past the end: dropped
-    site, rank = (part.ravel() for part in jnp.indices(active.shape))
+    place = jnp.where(switched, log.seen + jnp.cumsum(switched, dtype=jnp.int32) - 1, room)  # past the end: dropped
+    site, rank = (part.ravel() for part in jnp.indices(active.shape, dtype=jnp.int32))
     new = Event(
         jnp.full_like(site, task), jnp.full_like(site, step), site, rank, active.ravel(), thresholds[site]
     )  # fmt: skip

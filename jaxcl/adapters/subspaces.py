@@ -55,7 +55,7 @@ def overlap(basis: Array, columns: Array) -> Array:
 def cosines(first: Array, second: Array) -> Array:
     """Cosines of the principal angles between the spans of columns [N, P] and [N, Q], [min(P, Q)], largest first.
 
-    Columns of 0 count as absent. The largest is 0 where the spans are orthogonal.
+    Columns count alike, however long, but those of 0 as absent. The largest is 0 where the spans are orthogonal.
     """
     check_rank("first", first, 2)
     check_rank("second", second, 2)
@@ -64,5 +64,7 @@ def cosines(first: Array, second: Array) -> Array:
 
 def _orthonormal(columns: Array) -> Array:
     """An orthonormal basis [N, P] of the span of columns [N, P]; the columns beyond its rank are 0."""
-    left, values, _ = jnp.linalg.svd(columns, full_matrices=False)
-    return jnp.where(values > _NEGLIGIBLE**0.5 * jnp.maximum(values[0], 1e-30), left, 0)
+    lengths = jnp.linalg.norm(columns, axis=0)
+    left, values, _ = jnp.linalg.svd(columns / jnp.where(lengths > 0, lengths, 1), full_matrices=False)
+    rounding = max(columns.shape) * jnp.finfo(columns.dtype).eps  # of the largest
+    return jnp.where(values > rounding * jnp.maximum(values[0], 1e-30), left, 0)

@@ -39,11 +39,12 @@ class Texts(NamedTuple):
 def mnist() -> tuple[Examples, Examples]:
     """MNIST, (train, test): 60,000 and 10,000 images [N, 28, 28] uint8, labels [N] int32."""
     pack = _read("mnist.npz")
-    train, test = (
-        Examples(_array(pack, f"{part}_images", 3), _array(pack, f"{part}_labels", 1).astype(np.int32))
-        for part in ("train", "test")
-    )
-    return train, test
+
+    def part(name: str) -> Examples:
+        images = _array(pack, f"{name}_images", 3)
+        return Examples(images, _labels(pack, f"{name}_labels", len(images)))
+
+    return part("train"), part("test")
 
 
 def cifar10() -> tuple[Examples, Examples]:
@@ -57,9 +58,12 @@ def cifar10() -> tuple[Examples, Examples]:
     def decode(part: str) -> Examples:
         files = _pieces(pack, f"{part}_jpeg_bytes", f"{part}_offsets")
         images = np.empty((len(files), 32, 32, 3), np.uint8)
-        for image, file in zip(images, files, strict=True):
-            image[:] = np.asarray(Image.open(io.BytesIO(file.tobytes())).convert("RGB"))
-        return Examples(images, _array(pack, f"{part}_labels", 1).astype(np.int32))
+        for number, file in enumerate(files):
+            try:
+                images[number] = np.asarray(Image.open(io.BytesIO(file.tobytes())).convert("RGB"))
+            except (OSError, ValueError) as error:
+                raise _malformed(f"{part}_jpeg_bytes", f"image {number}: {error}") from error
+        return Examples(images, _labels(pack, f"{part}_labels", len(files)))
 
     return decode("train"), decode("test")
 
@@ -88,8 +92,10 @@ def fsdd() -> tuple[Clips, Clips]:
     pack = _read("fsdd.npz")
     clips = _pieces(pack, "audio", "offsets")
     is_test = _array(pack, "is_test", 1)
-    digit, speaker = (_array(pack, name, 1).astype(np.int32) for name in ("digit", "speaker"))
+    if is_test.dtype != bool or len(is_test) != len(clips):
+        raise _malformed("is_test", f"{len(is_test)} {is_test.dtype} for {len(clips)} clips")
     names = [str(name) for name in _array(pack, "speaker_names", 1)]
+    digit, speaker = _labels(pack, "digit", len(clips)), _labels(pack, "speaker", len(clips), len(names))
 
     def part(keep: np.ndarray) -> Clips:
         audio = [clip for clip, kept in zip(clips, keep, strict=True) if kept]
@@ -109,10 +115,12 @@ def cl_text(task: str) -> tuple[Texts, Texts]:
     names = [str(name) for name in _array(pack, f"{task}_label_names", 1)]
 
     def part(split: str) -> Texts:
-        texts = [
-            piece.tobytes().decode() for piece in _pieces(pack, f"{task}_{split}_bytes", f"{task}_{split}_offsets")
-        ]
-        return Texts(texts, _array(pack, f"{task}_{split}_labels", 1).astype(np.int32), names)
+        flat = f"{task}_{split}_bytes"
+        try:
+            texts = [piece.tobytes().decode() for piece in _pieces(pack, flat, f"{task}_{split}_offsets")]
+        except UnicodeDecodeError as error:
+            raise _malformed(flat, str(error)) from error
+        return Texts(texts, _labels(pack, f"{task}_{split}_labels", len(texts), len(names)), names)
 
     return part("train"), part("test")
 
@@ -138,16 +146,27 @@ def _read(name: str) -> dict[str, np.ndarray]:
 
 def _array(pack: dict[str, np.ndarray], name: str, rank: int) -> np.ndarray:
     array = pack.get(name)
-    if array is None or array.ndim != rank:
-        raise _malformed(name, "missing" if array is None else f"{array.ndim} axes instead of {rank}")
+    if not isinstance(array, np.ndarray) or array.ndim != rank:  # NpzFile gives other members as bytes
+        raise _malformed(name, f"{array.ndim} axes instead of {rank}" if isinstance(array, np.ndarray) else "no array")
     return array
+
+
+def _labels(pack: dict[str, np.ndarray], name: str, count: int, classes: int = 2**31) -> np.ndarray:
+    """Labels [N] int32, one for each of `count` examples."""
+    labels = _array(pack, name, 1)
+    if len(labels) != count or not np.issubdtype(labels.dtype, np.integer):
+        raise _malformed(name, f"{len(labels)} {labels.dtype} for {count} examples")
+    if len(labels) and not 0 <= labels.min() <= labels.max() < classes:
+        raise _malformed(name, "labels that are no classes")
+    return labels.astype(np.int32)
 
 
 def _pieces(pack: dict[str, np.ndarray], flat: str, offsets: str) -> list[np.ndarray]:
     """The arrays that were laid end to end in `flat`, cut at `offsets` [N + 1]."""
     ends = _array(pack, offsets, 1)
     whole = _array(pack, flat, 1)
-    if not len(ends) or ends[0] != 0 or ends[-1] != len(whole) or (np.diff(ends) < 0).any():
+    sound = np.issubdtype(ends.dtype, np.integer) and len(ends) and ends[0] == 0 and ends[-1] == len(whole)
+    if not sound or (ends[1:] < ends[:-1]).any():
         raise _malformed(offsets, f"offsets that do not cut {len(whole)} values in order")
     return np.split(whole, ends[1:-1])
 

@@ -41,8 +41,10 @@ def text_task(folder: str | Path) -> tuple[Texts, Texts]:
     return read("train.json"), read("test.json")
 
 
-def tokenize(texts: Sequence[str], tokenizer: str | Path, *, length: int = 128, special: bool = True) -> np.ndarray:
-    """Tokens [N, length] int32 of N texts, cut to `length`, special tokens counted, and filled up with 0.
+def tokenize(
+    texts: Sequence[str], tokenizer: str | Path, *, length: int = 128, special: bool = True, fill: int = 0
+) -> np.ndarray:
+    """Tokens [N, length] int32 of N texts, cut to `length`, special tokens counted, and filled up.
 
     Args:
         texts: in the order of the rows.
@@ -50,10 +52,11 @@ def tokenize(texts: Sequence[str], tokenizer: str | Path, *, length: int = 128, 
             cutting and filling up are not followed.
         length: tokens of a text at most.
         special: whether the tokenizer adds the tokens with which its network's texts begin or end.
+        fill: stands where there is no token; `nets.NO_TOKEN` for answers in words.
 
     Raises:
         ImportError: the tokenizers package is missing.
-        ValueError: a length below 1, or a file that is missing or damaged.
+        ValueError: a length below 1, or below the special tokens' number; a file that is missing or damaged.
     """
     check_at_least("length", length, 1)
     try:
@@ -66,9 +69,11 @@ def tokenize(texts: Sequence[str], tokenizer: str | Path, *, length: int = 128, 
         raise bad_argument(
             "tokenizer", f"{tokenizer}: {error}", "the file is missing or no tokenizer.json: copy it again"
         ) from error
+    if special:
+        check_at_least("length", length, model.num_special_tokens_to_add(is_pair=False))
     model.no_padding()
     model.enable_truncation(length)
-    tokens = np.zeros((len(texts), length), np.int32)
+    tokens = np.full((len(texts), length), fill, np.int32)
     for row, encoding in zip(tokens, model.encode_batch(list(texts), add_special_tokens=special), strict=True):
         row[: len(encoding.ids)] = encoding.ids
     return tokens

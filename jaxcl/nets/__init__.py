@@ -19,7 +19,7 @@ from jaxcl.nets.resnet import ResNet18
 from jaxcl.nets.resnet50 import ResNet50, load_resnet50
 from jaxcl.nets.seanet import SEANetDecoder, SEANetEncoder
 from jaxcl.nets.t5 import T5, load_t5, save_t5
-from jaxcl.nets.text_to_text import real_tokens, text_to_text
+from jaxcl.nets.text_to_text import NO_TOKEN, real_tokens, text_to_text
 from jaxcl.nets.transformer import TokenTransformer
 from jaxcl.nets.vgg import VGG16
 from jaxcl.nets.vit import ViT, load_vit
@@ -27,6 +27,7 @@ from jaxcl.nets.vit import ViT, load_vit
 __all__ = [
     "BERT",
     "MLP",
+    "NO_TOKEN",
     "T5",
     "VGG16",
     "AlexNet",

@@ -173,7 +173,7 @@ def load_bert(folder: str | Path, dtype: DTypeLike = jnp.float32) -> tuple[BERT,
             sizes ask for: one error lists them.
         OSError: a file cannot be read, or is not there.
     """
-    net = BERT(**read_config(folder, "bert", "a BERT encoder", _SIZES), dtype=dtype)
+    net = BERT(**read_config(folder, "bert", "a BERT encoder", _SIZES, BERT), dtype=dtype)
     template = jax.eval_shape(net.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
     tensors = read_checkpoint(folder)
     # Checkpoints with a head name the encoder in front.

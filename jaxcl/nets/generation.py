@@ -49,7 +49,7 @@ def greedy_decode(
             is on the right.
         length: most tokens to choose.
         end: the token that ends a text.
-        padding: what stands after it.
+        padding: what stands after it; a token, or less than 0.
 
     Raises:
         ValueError: a length below 1, tokens of another rank.
@@ -66,7 +66,7 @@ def greedy_decode(
 
     def step(state: tuple[Array, Array, Array, Array, PyTree]) -> tuple[Array, Array, Array, Array, PyTree]:
         count, chosen, token, ended, cache = state
-        logits, cache = apply(params, token, cache, method="step")
+        logits, cache = apply(params, jnp.maximum(token, 0), cache, method="step")  # of texts that ended, whichever
         token, ended = choose(logits, ended)
         return count + 1, chosen.at[:, count].set(token), token, ended, cache
 

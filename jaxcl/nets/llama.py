@@ -235,7 +235,7 @@ def load_llama(folder: str | Path, dtype: DTypeLike = jnp.float32) -> tuple[Llam
             unknown; tensors are damaged, or not those that the sizes ask for: one error lists them.
         OSError: a file cannot be read, or is not there.
     """
-    config = read_config(folder, "llama", "a Llama", _CONFIG, _DEFAULTS)
+    config = read_config(folder, "llama", "a Llama", _CONFIG, Llama, _DEFAULTS)
     check_choice("hidden_act", config.pop("activation"), ("silu",))
     rotary, older_rotary = config.pop("rotary"), config.pop("older_rotary")
     base, scaling = _rotary(rotary or older_rotary or {}, config.pop("rotary_base"))
@@ -255,16 +255,23 @@ def load_llama(folder: str | Path, dtype: DTypeLike = jnp.float32) -> tuple[Llam
 
 def _rotary(given: Mapping[str, Any], base: float) -> tuple[float, RotaryScaling | None]:
     """Base and scaling from config.json's entry about the rotary embedding; `base` is the one outside of it."""
+    fix = "copy config.json again"
+    if not isinstance(given, Mapping):
+        raise bad_argument("folder", f"a rotary embedding {given!r}", fix)
     kind = given.get("rope_type", given.get("type", "default"))
     check_choice("rope_type", kind, ("default", "llama3"))
     base = given.get("rope_theta", base)
+    names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+    numbers = {"rope_theta": base} | ({} if kind == "default" else {name: given.get(name) for name in names})
+    for name, number in numbers.items():
+        if not isinstance(number, int | float) or not 0 < number < math.inf:
+            raise bad_argument("folder", f"a rotary embedding with {name} {number!r}", fix)
     if kind == "default":
         return base, None
-    try:
-        names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-        return base, RotaryScaling(*(given[name] for name in names))
-    except KeyError as error:
-        raise bad_argument("folder", f"rope_type 'llama3' without {error}", "copy config.json again") from error
+    scaling = RotaryScaling(*(given[name] for name in names))
+    if scaling.slowest == scaling.fastest:
+        raise bad_argument("folder", f"a rotary embedding whose frequencies are all {scaling.slowest}", fix)
+    return base, scaling
 
 
 def _names(net: Llama) -> dict[str, str]:

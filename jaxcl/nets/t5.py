@@ -17,7 +17,7 @@ from jaxcl.nets.attention import dot_product_attention
 from jaxcl.nets.generation import KeysValues
 from jaxcl.nets.weights import is_copy, load_by_name, read_checkpoint, read_config, save_safetensors, sources_of
 from jaxcl.trees import leaves_by_path
-from jaxcl.typing import Array, PyTree, check_at_least, check_choice, check_rank
+from jaxcl.typing import Array, PyTree, bad_argument, check_at_least, check_choice, check_rank
 
 _ACTIVATIONS: dict[str, Callable[[Array], Array]] = {"relu": nn.relu, "gelu_new": nn.gelu}
 # {config.json's name of the layers at each token: activation, and whether they are gated}
@@ -315,7 +315,7 @@ def load_t5(folder: str | Path, dtype: DTypeLike = jnp.float32) -> tuple[T5, PyT
             are damaged, or not those that the sizes ask for: one error lists them.
         OSError: a file cannot be read, or is not there.
     """
-    config = read_config(folder, "t5", "a T5", _CONFIG, _DEFAULTS)
+    config = read_config(folder, "t5", "a T5", _CONFIG, T5, _DEFAULTS)
     feed_forward, scaled = config.pop("feed_forward"), config.pop("scaled")
     check_choice("feed_forward_proj", feed_forward, _FEED_FORWARDS)
     config["activation"], config["gated"] = _FEED_FORWARDS[feed_forward]
@@ -342,17 +342,23 @@ def save_t5(folder: str | Path, net: T5, params: PyTree) -> None:
 
     Raises:
         ImportError: the safetensors package is missing.
+        ValueError: layers at each token that these files have no name for.
         OSError: a file cannot be written.
     """
+    kinds = {kind: name for name, kind in _FEED_FORWARDS.items()}
+    if (net.activation, net.gated) not in kinds:
+        raise bad_argument(
+            "net", f"activation {net.activation!r}, gated {net.gated}", f"files know {sorted(kinds)} of both"
+        )
     leaves = leaves_by_path(params)
     save_safetensors(Path(folder) / "model.safetensors", {
         f"{name}.weight": np.asarray(leaf).T if path.endswith("/kernel") else np.asarray(leaf)
         for path, name in _names(net).items() for leaf in [leaves[f"params/{path}"]]
     })  # fmt: skip
-    feed_forward = next(name for name, kind in _FEED_FORWARDS.items() if kind == (net.activation, net.gated))
     sizes = {name: getattr(net, field) for field, name in _CONFIG.items() if hasattr(net, field)}
     config = sizes | {
-        "model_type": "t5", "architectures": ["T5ForConditionalGeneration"], "feed_forward_proj": feed_forward,
+        "model_type": "t5", "architectures": ["T5ForConditionalGeneration"],
+        "feed_forward_proj": kinds[net.activation, net.gated],
         "decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": 1,
     }  # fmt: skip
     write_atomic(Path(folder) / "config.json", json.dumps(config, indent=2))

@@ -15,7 +15,7 @@ from jaxcl.nets.llama import Llama
 from jaxcl.nets.t5 import T5
 from jaxcl.typing import Array, ArrayLike, PyTree, check_rank
 
-_PADDING = 0
+NO_TOKEN = -1  # fills texts and answers up; 0 is a token to some, as to Llama 3
 
 
 def text_to_text(network: T5 | Llama, params: PyTree, answers: ArrayLike, *, end: int = 1) -> Objective:
@@ -26,9 +26,10 @@ def text_to_text(network: T5 | Llama, params: PyTree, answers: ArrayLike, *, end
     example belongs: streams are made with ``classes=K + 1``. There is no head: its parameters are ``()``.
 
     Args:
-        network: with the parameters `params`; inputs are tokens [B, T], 0 where there is none, on the right.
+        network: with the parameters `params`; inputs are tokens [B, T], `NO_TOKEN` where there is
+            none, on the right.
         params: of the network.
-        answers: [K, U] int32, the tokens of each class's name, `end` after them and 0 then.
+        answers: [K, U] int32, the tokens of each class's name, `end` after them and `NO_TOKEN` then.
         end: the token that ends an answer, 1 for T5, 2 for Llama.
 
     Raises:
@@ -40,10 +41,10 @@ def text_to_text(network: T5 | Llama, params: PyTree, answers: ArrayLike, *, end
     def loss(function: LayerFunction, head: PyTree, batch: Batch) -> tuple[Array, Metrics]:
         targets = names[batch.labels]
         logits = through_layers(function, lambda: _forced(network, params, batch.inputs, targets))
-        real = (targets != _PADDING) * batch.weights[:, None]
-        terms = optax.softmax_cross_entropy_with_integer_labels(logits, targets) * real
+        real = (targets != NO_TOKEN) * batch.weights[:, None]
+        terms = optax.softmax_cross_entropy_with_integer_labels(logits, _readable(targets)) * real
         value = terms.sum() / jnp.maximum(real.sum(), 1)
-        right = jnp.all((logits.argmax(axis=-1) == targets) | (targets == _PADDING), axis=1)
+        right = jnp.all((logits.argmax(axis=-1) == targets) | (targets == NO_TOKEN), axis=1)
         accuracy = jnp.sum(right * batch.weights) / jnp.maximum(batch.weights.sum(), 1)
         return value, {"loss": value, "accuracy": accuracy}
 
@@ -52,7 +53,7 @@ def text_to_text(network: T5 | Llama, params: PyTree, answers: ArrayLike, *, end
             return through_layers(function, lambda: network.apply(*arguments, **options))
 
         written = greedy_decode(
-            apply, params, inputs, inputs != _PADDING, length=names.shape[1], end=end, padding=_PADDING
+            apply, params, _readable(inputs), inputs != NO_TOKEN, length=names.shape[1], end=end, padding=NO_TOKEN
         )
         named = jnp.all(written[:, None] == names, axis=-1).astype(jnp.float32)
         return jnp.concatenate([named, jnp.full((len(inputs), 1), 0.5)], axis=1)
@@ -70,9 +71,9 @@ def real_tokens(network: T5 | Llama, answers: ArrayLike) -> Callable[[str, Batch
     def real(path: str, batch: Batch) -> Array:
         targets = names[batch.labels]
         if isinstance(network, Llama):
-            return (_continued(batch.inputs, targets) != _PADDING).astype(jnp.float32)
+            return (_continued(batch.inputs, targets) != NO_TOKEN).astype(jnp.float32)
         of_decoder = path.startswith("params/decoder/") and "/cross_key/" not in path and "/cross_value/" not in path
-        return ((targets if of_decoder else batch.inputs) != _PADDING).astype(jnp.float32)
+        return ((targets if of_decoder else batch.inputs) != NO_TOKEN).astype(jnp.float32)
 
     return real
 
@@ -80,20 +81,25 @@ def real_tokens(network: T5 | Llama, answers: ArrayLike) -> Callable[[str, Batch
 def _forced(network: T5 | Llama, params: PyTree, tokens: Array, targets: Array) -> Array:
     """Logits [B, U, K] of the targets [B, U], each given those before it."""
     if isinstance(network, T5):
-        before = jnp.pad(targets, ((0, 0), (1, 0)))[:, :-1]
-        logits: Array = network.apply(params, tokens, before, tokens != _PADDING)  # type: ignore[assignment]
+        before = jnp.pad(_readable(targets), ((0, 0), (1, 0)))[:, :-1]
+        logits: Array = network.apply(params, _readable(tokens), before, tokens != NO_TOKEN)  # type: ignore[assignment]
         return logits
-    of_all: Array = network.apply(params, _continued(tokens, targets))  # type: ignore[assignment]
+    of_all: Array = network.apply(params, _readable(_continued(tokens, targets)))  # type: ignore[assignment]
     places = _lengths(tokens)[:, None] - 1 + jnp.arange(targets.shape[1])
     return jnp.take_along_axis(of_all, places[..., None], axis=1)
 
 
 def _continued(tokens: Array, targets: Array) -> Array:
     """Tokens [B, T] with targets [B, U] right after the last of each text, [B, T + U]."""
-    room = jnp.pad(tokens, ((0, 0), (0, targets.shape[1])))
+    room = jnp.pad(tokens, ((0, 0), (0, targets.shape[1])), constant_values=NO_TOKEN)
     put = jax.vmap(lambda text, answer, start: jax.lax.dynamic_update_slice(text, answer, (start,)))
     return put(room, targets, _lengths(tokens))
 
 
+def _readable(tokens: Array) -> Array:
+    """Tokens [...] with some token where there is none, for networks, which are told or do not look there."""
+    return jnp.maximum(tokens, 0)
+
+
 def _lengths(tokens: Array) -> Array:
-    return (tokens != _PADDING).sum(axis=1)
+    return (tokens != NO_TOKEN).sum(axis=1)

@@ -109,7 +109,17 @@ def load_vit(path: str | Path, *, activation: Activation | None = None) -> tuple
     for name in (names["patches"] + ".weight", names["position_embedding"], names["layer"].format(0) + ".weight"):
         if name not in tensors:
             raise bad_argument("path", f"{path}, which has no tensor {name}", "pass a ViT of CLIP's or of DINO's names")
-    width, _, patch, _ = tensors[names["patches"] + ".weight"].shape
+    patches, positions = (tensors[name] for name in (names["patches"] + ".weight", names["position_embedding"]))
+    if (
+        patches.ndim != 4
+        or positions.ndim < 2
+        or round((positions.shape[-2] - 1) ** 0.5) ** 2 != positions.shape[-2] - 1
+    ):
+        raise bad_argument(
+            "path", f"{path}, with patches of shape {patches.shape} and positions of shape {positions.shape}",
+            "pass a ViT with kernels [width, 3, patch, patch] and a class token before a square of positions",
+        )  # fmt: skip
+    width, _, patch, _ = patches.shape
     first = names["intermediate"].format(0) + ".weight"
     net = ViT(
         patch,
@@ -117,7 +127,7 @@ def load_vit(path: str | Path, *, activation: Activation | None = None) -> tuple
         layers=sum(names["layer"].format(number) + ".weight" in tensors for number in range(len(tensors))),
         heads=min(max(1, width // _HEAD_WIDTH), _MOST_HEADS),
         hidden=tensors[first].shape[0] if first in tensors else 4 * width,
-        positions=tensors[names["position_embedding"]].shape[-2],
+        positions=positions.shape[-2],
         projected=tensors["proj"].shape[1] if clip and "proj" in tensors else None,
         epsilon=1e-5 if clip else 1e-6,
         activation=activation or ("quick_gelu" if clip else "gelu"),

@@ -102,6 +102,7 @@ def read_config(
     model_type: str,
     network: str,
     names: Mapping[str, str],
+    module: type,
     defaults: Mapping[str, object] | None = None,
 ) -> dict[str, Any]:
     """{field: its value} from config.json in a Hugging Face folder.
@@ -111,15 +112,17 @@ def read_config(
         model_type: what the file must say that it is of.
         network: the same in words, for errors.
         names: {field: its name in the file}.
-        defaults: {name in the file: the value where the file has none}.
+        module: the network's class; values of its fields are held to their types, numbers being above 0.
+        defaults: {name in the file: the value where the file has none}; one that is None may be null in the file.
 
     Raises:
-        ValueError: the file is damaged, lacks a name without a default, or is of another model type.
+        ValueError: the file is damaged, lacks a name without a default, is of another model type, or has a value of
+            another type.
         OSError: it cannot be read, or is not there.
     """
-    path = Path(folder) / "config.json"
+    path, defaults = Path(folder) / "config.json", defaults or {}
     try:
-        config = dict(defaults or {}) | json.loads(path.read_text())
+        config = dict(defaults) | json.loads(path.read_text())
         kind = config["model_type"]
         values = {field: config[name] for field, name in names.items()} if kind == model_type else {}
     except (ValueError, KeyError, TypeError) as error:
@@ -128,7 +131,21 @@ def read_config(
         ) from error
     if kind != model_type:
         raise bad_argument("folder", f"{path}: model_type {kind!r}", f"pass a folder with {network}")
+    for field, value in values.items():
+        if not _fits(value, module.__annotations__.get(field)) and (value, defaults.get(names[field], 0)) != (
+            None,
+            None,
+        ):
+            raise bad_argument("folder", f"{path}: {names[field]} {value!r}", f"{network} has none such: copy it again")
     return values
+
+
+def _fits(value: object, kind: type | None) -> bool:
+    """Whether a value is of a field's type; numbers are above 0, and other types are the caller's to check."""
+    if kind in (int, float):
+        number = isinstance(value, int if kind is int else int | float) and not isinstance(value, bool)
+        return number and 0 < value < float("inf")  # type: ignore[operator]
+    return not isinstance(kind, type) or kind not in (bool, str) or isinstance(value, kind)
 
 
 def sources_of(names: Mapping[str, str]) -> dict[str, Source]:

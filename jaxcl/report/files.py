@@ -73,7 +73,7 @@ def read_json(path: str | os.PathLike[str]) -> Any:
     text = _read(path)
     try:
         return json.loads(text, parse_constant=refuse)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise _malformed(path, error) from error
 
 

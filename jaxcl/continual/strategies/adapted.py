@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from jaxcl.adapters import Adapter, LayerFunction, layer_function, second_moments
 from jaxcl.continual.strategies.contract import Apply, Batch, Metrics, Strategy, cross_entropy, gradients_of
-from jaxcl.typing import Array, Key, PyTree, check_between
+from jaxcl.typing import Array, Key, PyTree, bad_argument, check_between
 
 Layers = Callable[[LayerFunction, Array], Array]
 # (function, inputs [B, ...]) -> features [B, D] of a frozen network whose layers' outputs go through the function
@@ -86,6 +86,9 @@ def adapted_network(
         objective: `classification`, or as `nets.text_to_text` makes it.
         counted: (path of a site, batch) -> [B, ...], what each vector at the site counts where the method measures
             inputs, as the mask of texts [B, T] does; None counts all alike.
+
+    Raises:
+        ValueError: in training, a site that is no layer which the objective calls.
     """
 
     def init(key: Key, params: Adapted, batch: Batch) -> PyTree:
@@ -95,7 +98,18 @@ def adapted_network(
         return layer_function(method.changes(params.adapter, state), method.placement)
 
     def loss(key: Key, params: Adapted, state: PyTree, batch: Batch) -> tuple[Array, Metrics]:
-        value, metrics = objective.loss(function(params, state), params.head, batch)
+        adapted = function(params, state)
+        met: set[str] = set()
+
+        def meeting(path: str, inputs: Array, outputs: Array) -> Array:
+            met.add(path)
+            return adapted(path, inputs, outputs)
+
+        value, metrics = objective.loss(meeting, params.head, batch)
+        if unmet := method.changes(params.adapter, state).keys() - met:
+            raise bad_argument(
+                "method", f"one for sites {sorted(unmet)}", f"cover kernels of layers that are called: {sorted(met)}"
+            )
         penalty, of_method = method.penalty(params.adapter, state)
         return value + penalty, metrics | of_method
 
