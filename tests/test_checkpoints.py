@@ -109,6 +109,19 @@ def test_each_seed_in_turn_has_checkpoints_of_its_own(tmp_path, watch):
     assert trained == 3 * 2 * (2 + 4)  # no step twice, since each is saved: 8 and 13 examples in batches of 4
 
 
+def test_a_run_goes_on_in_its_groups_on_another_number_of_cores(tmp_path, monkeypatch, watch):
+    monkeypatch.setattr(loop, "_cores", lambda: 2)
+    expected = three_seeds(together=True, checkpoint=Checkpoint(tmp_path))
+    folders = sorted(path.name for path in tmp_path.iterdir())
+    assert folders == ["seeds_0_to_1", "seeds_2_to_2"]
+    monkeypatch.setattr(loop, "_cores", lambda: 1)
+    watch.calls.clear()
+    assert_all_same(three_seeds(together=True, checkpoint=Checkpoint(tmp_path)), expected)
+    assert "train" not in watch.calls and sorted(path.name for path in tmp_path.iterdir()) == folders
+    with pytest.raises(ValueError, match=r"checkpoint.folder: got .*, of seeds in groups of 2; choose another folder"):
+        three_seeds(checkpoint=Checkpoint(tmp_path))
+
+
 def test_seeds_taken_up_and_seeds_begun_share_one_compilation(tmp_path, monkeypatch):
     """The first seed is finished, the second half done, the third not begun."""
     with monkeypatch.context() as patched:
@@ -227,6 +240,10 @@ def test_checkpoints_keep_their_distance(tmp_path, watch):
 # Other runs
 
 
+def relabelled(stream):
+    return stream._replace(train=stream.train._replace(labels=np.roll(stream.train.labels, 1)))
+
+
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
@@ -234,6 +251,7 @@ def test_checkpoints_keep_their_distance(tmp_path, watch):
         ({"epochs": 3}, r"epochs: 2 \(now 3\)"),
         ({"batch_size": 3}, r"batch_size: 4 \(now 3\)"),
         ({"stream": streams.joint(methods.stream_of())}, r"stages: 2 \(now 1\)"),
+        ({"stream": relabelled(methods.stream_of())}, r"labels and rows: \[[0-9]+\] \(now \[[0-9]+\]\)"),
         ({"epochs": 1, "batch_size": 6}, r"epochs: 2 \(now 1\), batch_size: 4 \(now 6\)"),
     ],
 )

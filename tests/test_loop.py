@@ -236,13 +236,14 @@ def test_seeds_in_turn_equal_a_seed_alone(in_turn):
 ])  # fmt: skip
 def test_small_networks_share_steps_and_all_cores_have_work(seeds, cores, size, alone, expected, monkeypatch):
     monkeypatch.setattr(loop, "_cores", lambda: cores)
-    assert loop._grouping(seeds, size, alone=alone) == expected
+    assert loop._grouping(seeds, size, None, in_turn=False, alone=alone) == expected
+    assert loop._grouping(seeds, size, None, in_turn=True, alone=alone) == (1, 1)
 
 
 @pytest.mark.parametrize("alone", [False, True])
 def test_an_accelerator_has_all_seeds_in_one_step(alone, monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
-    assert loop._grouping(8, 2**30, alone=alone) == ((1, 1) if alone else (8, 1))
+    assert loop._grouping(8, 2**30, None, in_turn=False, alone=alone) == ((1, 1) if alone else (8, 1))
 
 
 @pytest.mark.parametrize(
@@ -671,6 +672,10 @@ def empty_at(field, task):
         ({"steps_per_call": 0}, "steps_per_call: got 0; pass 1 or more"),
         ({"evaluation_batch_size": 0}, "evaluation_batch_size: got 0; pass 1 or more"),
         ({"params": [probe()] * 2}, "keys, params, streams: got 1, 2 and 1 of them; pass one of each a seed"),
+        (
+            {"streams": [], "params": [], "keys": jax.random.split(jax.random.key(0), 0)},
+            "streams, their number: got 0; pass 1 or more",
+        ),
         ({"streams": []}, "keys, params, streams: got 1, 1 and 0 of them; pass one of each a seed"),
         (
             {"streams": [empty_at("train_sets", 1)]},

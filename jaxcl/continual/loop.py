@@ -152,11 +152,11 @@ def run_seeds(
     if steps_per_call is None:
         steps_per_call = _STEPS_PER_CALL.get(jax.default_backend(), _STEPS_PER_CALL_ELSEWHERE)
     check_at_least("steps_per_call", steps_per_call, 1)
-    check_at_least("streams, their number", len(streams), 1)
     if not len(keys) == len(params) == len(streams):
         raise bad_argument(
             "keys, params, streams", f"{len(keys)}, {len(params)} and {len(streams)} of them", "pass one of each a seed"
         )
+    check_at_least("streams, their number", len(streams), 1)
     _check_streams(streams)
     if strategy.tasks is not None and len(streams[0].train_sets) > strategy.tasks:
         stages = len(streams[0].train_sets)
@@ -220,7 +220,7 @@ def run_seeds(
         if checkpoint:
             identity = {
                 "keys": bits, "epochs": epochs, "batch_size": batch_size, "stages": len(first.train_sets),
-                "examples": [_examples(stream) for stream in seeds.streams],
+                "labels and rows": [_checksum(stream) for stream in seeds.streams],
             }  # fmt: skip
             name = f"seeds_{numbers[0]}_to_{numbers[-1]}" if size > 1 else f"seed_{numbers[0]}"
             checkpoints = Checkpoints(checkpoint, name, identity, alone=threads == 1)
@@ -267,14 +267,13 @@ def _size_before(folder: Path) -> int | None:
     return 1 + int(last[1]) if last else 1
 
 
-def _examples(stream: Stream) -> list[int]:
-    """Checksums of labels, and of the rows of each task, to train on and to be tested on."""
-    parts = ((stream.train, stream.train_sets), (stream.test, stream.test_sets))
-    return [
-        zlib.crc32(np.asarray(array).tobytes())
-        for examples, sets in parts
-        for array in (examples.labels, *(part.rows for part in sets))
-    ]
+def _checksum(stream: Stream) -> int:
+    """Of labels, and of the rows of each task, to train on and to be tested on."""
+    found = 0
+    for examples, sets in ((stream.train, stream.train_sets), (stream.test, stream.test_sets)):
+        for array in (examples.labels, *(part.rows for part in sets)):
+            found = zlib.crc32(np.asarray(array).tobytes(), found)
+    return found
 
 
 def _in_threads(
