@@ -1,6 +1,7 @@
 """Strategies that keep some examples of the past, in a memory of fixed size filled by reservoir sampling.
 
-Inputs are remembered as the step saw them: if the stream augments, then augmented.
+Inputs are remembered as they came by: in training steps (`er`, `der_plus_plus`) augmented, if the stream augments; in the
+pass over a task at its end (`a_gem`) not.
 """
 
 from typing import NamedTuple
