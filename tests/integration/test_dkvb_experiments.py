@@ -114,9 +114,11 @@ def test_a_grid_runs_each_point_once_and_compares_them(tmp_path, capsys, monkeyp
     run_dkvb(tmp_path, *options)  # finished before: nothing runs again
 
 
-@pytest.mark.parametrize("entry", ["codebooks", "codebooks=", "widths=3", "out=a", "codebooks=4 codebooks=5"])
+@pytest.mark.parametrize(
+    "entry", ["codebooks", "codebooks=", "widths=3", "out=a", "codebooks=4 codebooks=5", "codebooks=4,4"]
+)
 def test_a_grid_of_another_form_is_refused(tmp_path, entry):
-    with pytest.raises(ValueError, match=r"sweep: got .*write each setting once, as codebooks=16,64"):
+    with pytest.raises(ValueError, match=r"sweep: got .*write each setting and value once, as codebooks=16,64"):
         run_dkvb(tmp_path, "--sweep", *entry.split())
 
 

@@ -65,6 +65,12 @@ def test_streams_and_ablations_run(options, tmp_path):
         assert document["masks"]["ibm"]["reused_by_a_task"]["mean"] == 0
 
 
+def test_ewc_is_refused_beside_batch_normalisation(tmp_path):
+    with pytest.raises(ValueError, match="methods: got ewc; EWC takes one example at a time"):
+        ibm.main([*SMOKE, "--stream", "rotated", "--network", "alexnet", "--methods", "ewc", "--out", str(tmp_path)])
+    assert "ewc" not in ibm.preset("paper", "cifar100").methods
+
+
 def test_the_published_settings_run_on_cifar100(tmp_path, monkeypatch):
     """On a few images, drawn at random, and for one epoch."""
     monkeypatch.setenv("JAXCL_DATA", str(tmp_path))

@@ -147,9 +147,29 @@ def test_fsq_levels_make_just_so_many_codes(codes):
 
 def test_simvqs_basis_decays_as_the_setting_says():
     config = dataclasses.replace(simvq_image.preset("smoke", "digits"), basis_decay=0.5)
-    _, choice = tokenizers._parse("simvq:16", config)
+    _, choice = tokenizers._parse("simvq:16", config, 64)
     params = {"basis": [{"kernel": jnp.full((3, 4), -2.0)}]}
     assert choice.regulariser(params, None, None) == 0.5 * 4
+
+
+def test_ema_vq_puts_a_code_with_less_than_a_tenth_of_an_even_share_on_a_vector():
+    config = simvq_image.preset("smoke", "digits")
+    material = simvq_image.material_of(config)
+    vectors = tokenizers._vectors(config, material)
+    assert vectors == config.batch_size * 4 * 4  # digits have 8 x 8 pixels, in patches of 2 x 2
+    _, choice = tokenizers._parse("ema_vq:2560", config, vectors)
+    x = jax.random.normal(jax.random.key(0), (vectors, config.width))
+    params, state = choice.quantizer.init(jax.random.key(1))
+    state = state._replace(counts=jnp.full(2560, 0.0102).at[0].set(0.0100))  # a tenth of an even share is 0.01
+    after = choice.quantizer.update(jax.random.key(2), params, state, x, jnp.full(vectors, 1))
+    np.testing.assert_array_equal(np.flatnonzero(np.isclose(after.counts, 0.1)), [0])
+
+
+def test_a_prior_of_clips_is_refused(tmp_path):
+    config = dataclasses.replace(simvq_image.preset("smoke", "digits"), prior_row="simvq:64", out=tmp_path)
+    material = simvq_image.material_of(config)._replace(mask=lambda inputs: jnp.ones(inputs.shape[:-1], bool))
+    with pytest.raises(ValueError, match="prior_row: got simvq:64; leave it out: a prior knows no empty positions"):
+        tokenizers.run(config, "simvq_image", material)
 
 
 def test_a_discriminator_and_convolutions_can_be_asked_for(tmp_path):
