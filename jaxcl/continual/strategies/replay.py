@@ -1,7 +1,7 @@
 """Strategies that keep some examples of the past, in a memory of fixed size filled by reservoir sampling.
 
-Inputs are remembered as they came by: in training steps (`er`, `der_plus_plus`) augmented, if the stream augments; in the
-pass over a task at its end (`a_gem`) not.
+Inputs are remembered as they came by: augmented in training steps (`er`, `der_plus_plus`), if the stream augments, and
+not in the pass over a task at its end (`a_gem`).
 """
 
 from typing import NamedTuple
