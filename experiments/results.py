@@ -52,9 +52,16 @@ class Claim(NamedTuple):
         ]  # fmt: skip
 
 
+_DKVB = "experiments.dkvb --data cifar10"
 _IBM = "experiments.ibm --data mnist"
 _OA_ADAPTER = "experiments.oa_adapter --data short"
 CLAIMS = (
+    Claim(
+        "DKVB", "accuracy % on CIFAR-10, two new classes a task, features of EfficientNet-Lite0",
+        "far above a linear probe's, no task told (other encoders)", "dkvb_cifar10", _DKVB, "dkvb", "acc",
+    ),
+    Claim("linear probe", "the same", "", "dkvb_cifar10", _DKVB, "linear_probe", "acc"),
+    Claim("joint linear probe", "the same, all classes at once", "", "dkvb_cifar10", _DKVB, "joint_linear_probe", "acc"),
     Claim(
         "IBM", "accuracy % on 20 permuted MNIST tasks, an MLP", "not below WSN at its best (other data)", "ibm_mnist",
         _IBM, "ibm", "acc",
