@@ -61,7 +61,7 @@ CLAIMS = (
         "far above a linear probe's, no task told (other encoders)", "dkvb_cifar10", _DKVB, "dkvb", "acc",
     ),
     Claim("linear probe", "the same", "", "dkvb_cifar10", _DKVB, "linear_probe", "acc"),
-    Claim("joint linear probe", "the same, all classes at once", "", "dkvb_cifar10", _DKVB, "joint_linear_probe", "acc"),
+    Claim("linear probe", "the same, all classes at once", "", "dkvb_cifar10", _DKVB, "joint_linear_probe", "acc"),
     Claim(
         "IBM", "accuracy % on 20 permuted MNIST tasks, an MLP", "not below WSN at its best (other data)", "ibm_mnist",
         _IBM, "ibm", "acc",
