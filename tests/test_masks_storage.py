@@ -130,6 +130,14 @@ def test_what_rows_columns_and_earlier_tasks_tell_is_not_paid_for(tmp_path):
     assert masks.save_bank(tmp_path / "bank", bank._replace(masks=packed), 1)[0].masks < 0.55 * alone
 
 
+def test_a_file_holds_many_tasks(tmp_path):
+    bank, _ = random_bank(0.3, tasks=30)
+    masks.save_bank(tmp_path / "bank", bank, 30)
+    stored = masks.load_bank(tmp_path / "bank")
+    assert stored.tasks == 30
+    assert_same(stored.bank.masks, bank.masks)
+
+
 def test_a_file_has_room_for_more_tasks(tmp_path):
     bank, _ = random_bank(0.3)
     masks.save_bank(tmp_path / "bank", bank, 2)

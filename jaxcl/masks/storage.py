@@ -213,7 +213,7 @@ def _read_header(content: bytes) -> _Header:
     header = json.loads(content[start:end])
     shapes = {name: _shape(shape) for name, shape in header["masks"].items()}
     own = {name: (_dtype(kind), _shape(shape)) for name, (kind, *shape) in header["own"].items()}
-    bits, lengths = header["scale_bits"], list(_shape(header["coded"]))
+    bits, lengths = header["scale_bits"], _sizes(header["coded"])
     if not (bits is None or type(bits) is int) or bits not in (None, *range(9), _FLOAT):
         raise ValueError(f"{bits} bits")
     if not 1 <= len(lengths) <= FREE or shapes.keys() & own.keys():
@@ -232,8 +232,14 @@ def _read_header(content: bytes) -> _Header:
     return _Header(shapes, own, bits, lengths, weights or None, end)
 
 
+def _sizes(sizes: list[int]) -> list[int]:
+    if not all(type(size) is int and size >= 0 for size in sizes):
+        raise ValueError(f"sizes {sizes}")
+    return list(sizes)
+
+
 def _shape(sizes: list[int]) -> tuple[int, ...]:
-    if not all(type(size) is int and size >= 0 for size in sizes) or math.prod(filter(None, sizes)) >= 2**40:
+    if math.prod(filter(None, _sizes(sizes))) >= 2**40:  # which NumPy refuses even where another size is 0
         raise ValueError(f"shape {sizes}")
     return tuple(sizes)
 
