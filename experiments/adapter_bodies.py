@@ -20,6 +20,18 @@ from jaxcl.typing import Array, Key, PyTree, bad_argument, check_between, check_
 
 TEMPERATURE = 0.05  # of the cosine classifier
 UNCHANGED = adapters.layer_function({}, "parallel")  # leaves all layers as they are
+_QUERIES_VALUES = ("/query/kernel", "/value/kernel", "/cross_query/kernel", "/cross_value/kernel")
+_ENDS_OF_BLOCKS = ("/attention_output/kernel", "/cross_output/kernel", "/output/kernel")
+
+
+def queries_and_values(path: str) -> bool:
+    """Sites of LoRA and O-LoRA, by path, in a network of `nets`."""
+    return path.endswith(_QUERIES_VALUES)
+
+
+def ends_of_blocks(path: str) -> bool:
+    """Sites of OA-Adapter and other adapters after attention and after the layers at each token."""
+    return path.endswith(_ENDS_OF_BLOCKS)
 
 
 class Body(NamedTuple):

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments.adapter_bodies import Body, permuted_digits
+from experiments.adapter_bodies import Body, ends_of_blocks, permuted_digits
 from experiments.adapter_findings import bank_of
 from experiments.card import Card
 from experiments.common import Run, RunConfig, over_seeds, parse_command
@@ -217,12 +217,9 @@ def _as_arrays(tree: PyTree, answer: Answer) -> Travelling:
 
 
 def _adapter(config: Config, name: str) -> Adapter:
-    def blocks(path: str) -> bool:
-        return path.endswith(("/attention_output/kernel", "/output/kernel"))
-
     if name == "lora":
-        return adapters.incremental_lora(blocks, config.rank, config.tasks, placement="sequential")
-    return adapters.oa_adapter(blocks, config.rank, config.tasks)
+        return adapters.incremental_lora(ends_of_blocks, config.rank, config.tasks, placement="sequential")
+    return adapters.oa_adapter(ends_of_blocks, config.rank, config.tasks)
 
 
 def _of_adapters(method: Adapter, body: Body, result: Result) -> Travelling:

@@ -22,7 +22,16 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from experiments.adapter_bodies import UNCHANGED, Body, Cosines, in_words, permuted_digits, upper_layers
+from experiments.adapter_bodies import (
+    UNCHANGED,
+    Body,
+    Cosines,
+    ends_of_blocks,
+    in_words,
+    permuted_digits,
+    queries_and_values,
+    upper_layers,
+)
 from experiments.adapter_findings import bank_of, figures_of, findings_of, table_of
 from experiments.card import Card
 from experiments.common import Run, RunConfig, over_seeds, parse_command
@@ -315,26 +324,22 @@ def _of_objective(name: Method, body: Body, method: Adapter | None) -> Strategy:
 
 def _method(config: Config, name: Method, tasks: int) -> Adapter | None:
     """The adapters that a method trains; None for none."""
-
-    def attention(path: str) -> bool:
-        return path.endswith(tuple(f"/{site}/kernel" for site in ("query", "value", "cross_query", "cross_value")))
-
-    def blocks(path: str) -> bool:
-        return path.endswith(("/attention_output/kernel", "/cross_output/kernel", "/output/kernel"))
-
-    lora = partial(adapters.lora, attention, config.lora_rank, alpha=config.lora_alpha)
+    lora = partial(adapters.lora, queries_and_values, config.lora_rank, alpha=config.lora_alpha)
     gated = partial(
-        adapters.oa_adapter, blocks, config.rank, tasks, strength=config.oa_strength, protected=config.oa_protected,
-        threshold=config.oa_threshold, sparsity=config.oa_sparsity, revival=config.oa_revival,
+        adapters.oa_adapter, ends_of_blocks, config.rank, tasks, strength=config.oa_strength,
+        protected=config.oa_protected, threshold=config.oa_threshold, sparsity=config.oa_sparsity,
+        revival=config.oa_revival,
     )  # fmt: skip
     made: dict[str, Callable[[], Adapter]] = {
         "incremental_lora": lambda: adapters.incremental_lora(
-            attention, config.lora_rank, tasks, alpha=config.lora_alpha
+            queries_and_values, config.lora_rank, tasks, alpha=config.lora_alpha
         ),
-        "adapter": lambda: adapters.lora(blocks, config.rank, placement="sequential"),
-        "incremental_adapter": lambda: adapters.incremental_lora(blocks, config.rank, tasks, placement="sequential"),
+        "adapter": lambda: adapters.lora(ends_of_blocks, config.rank, placement="sequential"),
+        "incremental_adapter": lambda: adapters.incremental_lora(
+            ends_of_blocks, config.rank, tasks, placement="sequential"
+        ),
         "o_lora": lambda: adapters.o_lora(
-            attention, config.lora_rank, tasks, alpha=config.lora_alpha, strength=config.o_lora_strength
+            queries_and_values, config.lora_rank, tasks, alpha=config.lora_alpha, strength=config.o_lora_strength
         ),
         "oa_fixed": lambda: gated(orthogonal_to="inputs", gates="fixed"),
         "oa_free": lambda: gated(orthogonal_to=None),

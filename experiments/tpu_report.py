@@ -42,6 +42,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from tqdm import tqdm
 
+from experiments.adapter_bodies import ends_of_blocks, queries_and_values
 from experiments.card import Card
 from jaxcl import adapters, bottleneck, coding, continual, gaussian, masks, nearest, nets, quantize, report, tokenizer
 from jaxcl.continual import Strategy, streams
@@ -328,16 +329,10 @@ def of_adapters(layout: Layout, network: str, *, split_over: str, name: str = "o
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16), jax.eval_shape(net.init, key, *inputs)
     )
 
-    def attention(path: str) -> bool:
-        return path.endswith(tuple(f"/{site}/kernel" for site in ("query", "value", "cross_query", "cross_value")))
-
-    def blocks(path: str) -> bool:
-        return path.endswith(("/attention_output/kernel", "/cross_output/kernel", "/output/kernel"))
-
     method = {
-        "oa_adapter": lambda: adapters.oa_adapter(blocks, 16, 15, orthogonal_to="outputs"),
-        "lora": lambda: adapters.lora(attention, 8),
-        "o_lora": lambda: adapters.o_lora(attention, 8, 15),
+        "oa_adapter": lambda: adapters.oa_adapter(ends_of_blocks, 16, 15, orthogonal_to="outputs"),
+        "lora": lambda: adapters.lora(queries_and_values, 8),
+        "o_lora": lambda: adapters.o_lora(queries_and_values, 8, 15),
     }[name]()
     adapter, state = jax.eval_shape(method.init, key, backbone)
     tx = optax.adam(1e-3)

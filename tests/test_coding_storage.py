@@ -276,3 +276,5 @@ def test_the_command_line_tells_what_is_wrong(tmp_path, capsys):
     assert "No such file" in capsys.readouterr().err
     assert main(["decode", str(FIXTURES / "plain.jcl"), "--out", str(tmp_path / "w.txt")]) == 1
     assert "end it in .npz or .safetensors" in capsys.readouterr().err
+    assert main(["inspect", str(FIXTURES / "plain.jcl"), "--limit", "1000"]) == 1
+    assert "limit: got 1000" in capsys.readouterr().err

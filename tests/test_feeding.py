@@ -12,6 +12,8 @@ from methods import assert_same, run_method
 
 from jaxcl import continual
 from jaxcl.continual import Checkpoint, Examples, feeding
+from jaxcl.continual.sharding import Layout
+from jaxcl.continual.streams import Selection
 
 pytest.importorskip("grain")
 
@@ -126,6 +128,20 @@ def test_a_run_stopped_within_an_epoch_goes_on(calls, first, tmp_path, watch):
     assert place
     result = run_method("er", batch_size=2, steps_per_call=2, checkpoint=checkpoint, **options[1])
     assert_same(result, run_method("er", batch_size=2, steps_per_call=2))
+
+
+@pytest.mark.parametrize("stream_it", [False, True])
+def test_a_batch_is_filled_up_with_its_own_examples_seen_as_their_own_tasks(stream_it):
+    rows, tasks = np.array([4, 7, 2, 9, 5, 3, 8]), np.array([1, 1, 1, 1, 2, 3, 1])
+    examples = Examples(np.arange(10.0), np.arange(10))
+    given = examples._replace(inputs=Reader(examples.inputs)) if stream_it else examples
+    feeder = feeding.Feeder([given], feeding.Batching(4, 2, 1), shared=True, together=False, layout=Layout(None))
+    _, last = feeder.calls([Selection(rows, tasks)])
+    inputs, labels, seen_as, weights = last.source.take(last.position)
+    np.testing.assert_array_equal(weights, [1, 1, 1, 0])
+    np.testing.assert_array_equal(inputs, [5, 3, 8, 5])
+    np.testing.assert_array_equal(labels, [5, 3, 8, 5])
+    np.testing.assert_array_equal(seen_as, [2, 3, 1, 2])
 
 
 def test_only_rows_that_are_needed_are_read(watch):

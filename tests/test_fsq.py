@@ -51,6 +51,15 @@ def test_every_code_is_reached_and_is_its_own(levels):
     assert not np.asarray(reached.commitment_loss).any() and not np.asarray(reached.codebook_loss).any()
 
 
+@pytest.mark.parametrize(("levels", "epsilon"), [([1003, 4], 1e-3), ([16, 4], 0.1), ([2048], 1e-3)])
+def test_no_vector_is_rounded_beyond_the_outermost_levels(levels, epsilon):
+    quantizer = q.fsq(levels, epsilon=epsilon)
+    x = jnp.asarray(list(itertools.product([-50.0, 0.0, 50.0], repeat=len(levels))))
+    out = quantizer.quantize((), (), x)
+    assert int(out.indices.min()) >= 0 and int(out.indices.max()) < np.prod(levels)
+    assert_close(quantizer.lookup((), (), out.indices), out.codes)
+
+
 def test_bfloat16_is_rounded_in_float32():
     quantizer, x = q.fsq([8, 5]), np.random.default_rng(1).normal(size=(3, 40, 2)).astype(np.float32)
     x = jnp.asarray(x, jnp.bfloat16)

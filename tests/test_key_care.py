@@ -263,6 +263,26 @@ def test_a_deleted_class_is_no_answer_and_others_keep_what_they_do_not_share():
         np.testing.assert_array_equal(left.usage[[0, 1, 2], [3, 4, 5]], 90)
 
 
+def test_a_class_of_feature_maps_is_deleted_as_its_positions_are():
+    _, params, state, _, _ = fitted()
+    maps = jax.random.randint(jax.random.key(3), (6, 5, CODEBOOKS, 1), 0, PAIRS)
+    flat = maps.reshape(30, CODEBOOKS, 1)
+    both = (bn.forget_class(params, state, 1, indices, share=0.2) for indices in (maps, flat))
+    jax.tree.map(np.testing.assert_array_equal, *both)
+    with pytest.raises(ValueError, match=r"indices: got shape \(3, 6, 1\); pass \[..., 3, top_k\]"):
+        bn.forget_class(params, state, 1, flat[:6].swapaxes(0, 1))
+
+
+def test_features_that_are_not_finite_are_left_out_of_care():
+    layer, params, state, _, features = fitted()
+    spoilt = jnp.concatenate([drifted(), jnp.full((40, FEATURES), jnp.nan)])
+    plain, other = care(state, drifted()), care(state, spoilt)
+    jax.tree.map(np.testing.assert_array_equal, plain[2].health, other[2].health)
+    assert other[2].placed.all() and np.isfinite(other[1].keys.codebook).all()
+    told = bn.reference_distances(layer, params, state, features.at[0].set(jnp.inf))
+    assert np.isfinite(told.quantiles).all()
+
+
 # In a stream
 
 

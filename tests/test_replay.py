@@ -93,6 +93,13 @@ def test_remember_is_algorithm_r(wrap, size):
     assert memory.seen.dtype == jnp.int32
 
 
+def test_a_memory_keeps_its_types_under_x64():
+    with jax.enable_x64(True):
+        memory = empty_memory(numbered(0, 6), 4, logits=False)
+        after = jax.eval_shape(remember, KEY, memory, numbered(1, 6))
+    assert jax.tree.map(lambda leaf: leaf.dtype, after) == jax.tree.map(lambda leaf: leaf.dtype, memory)
+
+
 def test_of_several_examples_on_one_slot_the_last_stays():
     """A memory of one slot and a batch of 64: the last example whose draw is 0 is in it."""
     for seed in range(20):

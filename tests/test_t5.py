@@ -231,3 +231,10 @@ def test_what_is_saved_is_read_again(name, tmp_path):
     assert after.keys() <= before.keys()
     for tensor, own in after.items():
         np.testing.assert_array_equal(own, before[tensor])
+
+
+def test_a_network_that_files_have_no_name_for_is_refused_before_anything_is_written(tmp_path):
+    net = nets.T5(24, 16, 1, 1, 2, 8, 32, activation="relu", gated=True)
+    with pytest.raises(ValueError, match="net: got activation 'relu', gated True; files know"):
+        nets.save_t5(tmp_path / "saved", net, {})
+    assert not (tmp_path / "saved").exists()

@@ -148,6 +148,14 @@ def test_what_does_not_belong_is_listed(tmp_path):
         nets.load_vit(path)
 
 
+@pytest.mark.parametrize(("name", "shape"), [("patch_embed.proj.weight", (8, 48)), ("pos_embed", (1, 4, 8))])
+def test_tensors_of_no_vit_are_told(name, shape, tmp_path):
+    tensors = random_tensors("timm")[0] | {name: np.zeros(shape, np.float32)}
+    save_file(tensors, tmp_path / "vit.safetensors")
+    with pytest.raises(ValueError, match=r"path: got .*, with patches of shape .* and positions of shape"):
+        nets.load_vit(tmp_path / "vit.safetensors")
+
+
 def test_images_of_another_size_are_refused():
     net = nets.ViT(PATCH, WIDTH, 1, 2, HIDDEN, PLACES)
     for images, message in (

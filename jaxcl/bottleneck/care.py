@@ -60,7 +60,8 @@ def reference_distances(bottleneck: Bottleneck, params: PyTree, state: KeyState,
     left out.
     """
     _, distances = _nearest(bottleneck, params, state, features)
-    return Reference(jnp.nanquantile(distances, jnp.linspace(0, 1, _LEVELS), axis=0).T)
+    finite = jnp.where(jnp.isfinite(distances), distances, jnp.nan)
+    return Reference(jnp.nanquantile(finite, jnp.linspace(0, 1, _LEVELS), axis=0).T)
 
 
 def check_keys(
