@@ -37,7 +37,9 @@ from jaxcl.typing import Key, bad_argument, check_at_least, check_between
 
 CARDS = {
     "--preset smoke": Card("20 s", "that it runs"),
-    "--preset cpu": Card("not measured", "digits, turned; see --data mnist"),
+    "--preset cpu": Card(
+        "3 min", "accuracy on turned digits 95.1 ± 1.2 % with care, 89.9 ± 1.2 without; on upright ones 95.5 and 94.7 %"
+    ),
     "--preset cpu --data mnist": Card(
         "9 min", "accuracy on turned images 66.6 ± 1.9 % with care, 48.3 ± 1.7 without; on upright ones 85.1 and 82.9 %"
     ),

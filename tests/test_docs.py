@@ -1,10 +1,14 @@
-"""The pages: their snippets run, as a reader would paste them, and no public module is without one."""
+"""The pages: their snippets run, and their commands are understood; no public module is without one."""
 
+import argparse
+import importlib
 import pkgutil
 import re
+import shlex
 from pathlib import Path
 
 import pytest
+import tyro
 
 import jaxcl
 
@@ -21,6 +25,40 @@ def test_snippets_run(page, tmp_path, monkeypatch):
     for snippet in snippets:
         exec(compile(snippet, str(page), "exec"), names)  # our own file
     assert snippets or page.stem in ("costs", "results")
+
+
+class Understood(Exception):
+    """A command line that was parsed, and is not to be obeyed."""
+
+
+def commands(text):
+    """The commands of a page that start a module of this project: from its blocks and its sentences."""
+    prose, blocks = (text.split("```")[first::2] for first in (0, 1))
+    lines = [line.partition(" #")[0].strip() for block in blocks for line in block.splitlines()]
+    lines += [" ".join(span.split()) for part in prose for span in part.split("`")[1::2]]
+    found = {line[line.find("python -m ") :] for line in lines if re.search(r"python -m (experiments|jaxcl)", line)}
+    return sorted(command for command in found if not re.search(r"\.\.\.|<", command))
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", *PAGES], ids=lambda page: page.stem)
+def test_commands_are_understood(page, monkeypatch):
+    def stopping(parse):
+        def parsed(*arguments, **options):
+            parse(*arguments, **options)
+            raise Understood
+
+        return parsed
+
+    monkeypatch.setattr(tyro, "cli", stopping(tyro.cli))
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", stopping(argparse.ArgumentParser.parse_args))
+    for command in commands(page.read_text()):
+        _, _, name, *arguments = shlex.split(command)
+        module = importlib.import_module(f"{name}.__main__" if name == "jaxcl.coding" else name)
+        try:
+            with pytest.raises(Understood):
+                module.main(arguments)
+        except SystemExit:
+            pytest.fail(f"{page.name}: {command}")
 
 
 def test_every_public_module_has_a_page_of_reference():
