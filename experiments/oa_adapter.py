@@ -137,13 +137,19 @@ class Config(RunConfig):
     lora_alpha: float = 16.0
     """LoRA: over the rank, a factor."""
     rank: int = 16
-    """Adapters: ranks after attention and after the feed-forward block; of OA-Adapter the most there may be."""
+    """Adapters: ranks after attention and after the feed-forward block; of other OA-Adapters the most there may be."""
     o_lora_strength: float = 0.5
     """O-LoRA: of the penalty."""
     oa_strength: float | None = None
     """OA-Adapter: of the penalty; projects instead if not given, which makes the overlap 0."""
     oa_protected: int = 64
     """OA-Adapter: directions that are kept off at a site, at most."""
+    oa_drift_strength: float = 0.0
+    """OA-Adapter off inputs: of the penalty on what an adapter adds to what earlier tasks had at its site."""
+    oa_at_queries: bool = False
+    """OA-Adapter off inputs: whether queries and values have adapters too, beside the ends of blocks."""
+    oa_inputs_rank: int = 16
+    """OA-Adapter off inputs: ranks at a site, at most."""
     oa_threshold: float = 0.1
     """OA-Adapter: tau at first."""
     oa_sparsity: float = 0.0
@@ -174,7 +180,8 @@ def preset(name: str, data: str) -> Config:
     of_short: dict[str, Any] = {"seeds": 6, "methods": SHORT} if data == "short" else {"seeds": 1}
     return Config(
         **shared | of_short, answers="discriminant", adapted_layers=2,
-        o_lora_rate=4e-3, oa_rate=8e-3, oa_protected=128, oa_sparsity=1.0,
+        o_lora_rate=4e-3, oa_rate=8e-3, oa_protected=128, oa_sparsity=1.0, oa_drift_strength=100.0, oa_at_queries=True,
+        oa_inputs_rank=8,
     )  # fmt: skip
 
 
@@ -326,10 +333,17 @@ def _method(config: Config, name: Method, tasks: int) -> Adapter | None:
     """The adapters that a method trains; None for none."""
     lora = partial(adapters.lora, queries_and_values, config.lora_rank, alpha=config.lora_alpha)
     gated = partial(
-        adapters.oa_adapter, ends_of_blocks, config.rank, tasks, strength=config.oa_strength,
-        protected=config.oa_protected, threshold=config.oa_threshold, sparsity=config.oa_sparsity,
-        revival=config.oa_revival,
+        adapters.oa_adapter, tasks=tasks, strength=config.oa_strength, protected=config.oa_protected,
+        threshold=config.oa_threshold, sparsity=config.oa_sparsity, revival=config.oa_revival,
     )  # fmt: skip
+    published = partial(gated, ends_of_blocks, config.rank)
+
+    def everywhere(path: str) -> bool:
+        return ends_of_blocks(path) or (config.oa_at_queries and queries_and_values(path))
+
+    off_inputs = partial(
+        gated, everywhere, config.oa_inputs_rank, orthogonal_to="inputs", drift_strength=config.oa_drift_strength
+    )
     made: dict[str, Callable[[], Adapter]] = {
         "incremental_lora": lambda: adapters.incremental_lora(
             queries_and_values, config.lora_rank, tasks, alpha=config.lora_alpha
@@ -341,11 +355,11 @@ def _method(config: Config, name: Method, tasks: int) -> Adapter | None:
         "o_lora": lambda: adapters.o_lora(
             queries_and_values, config.lora_rank, tasks, alpha=config.lora_alpha, strength=config.o_lora_strength
         ),
-        "oa_fixed": lambda: gated(orthogonal_to="inputs", gates="fixed"),
-        "oa_free": lambda: gated(orthogonal_to=None),
-        "oa_outputs": lambda: gated(orthogonal_to="outputs"),
-        "oa_down": lambda: gated(orthogonal_to="down"),
-        "oa_inputs": lambda: gated(orthogonal_to="inputs"),
+        "oa_fixed": lambda: off_inputs(gates="fixed"),
+        "oa_free": lambda: published(orthogonal_to=None),
+        "oa_outputs": lambda: published(orthogonal_to="outputs"),
+        "oa_down": lambda: published(orthogonal_to="down"),
+        "oa_inputs": off_inputs,
     }
     return None if name in ("frozen", "fine_tuning") else made.get(name, lora)()
 

@@ -222,6 +222,28 @@ def test_a_new_task_is_orthogonal_to_earlier_inputs():
     assert np.abs(out(trained, X) - out(adapter, X)).max() > 0.01
 
 
+@pytest.mark.parametrize("strength", [None, 0.0])
+def test_drift_is_what_a_new_adapter_adds_to_earlier_inputs(strength):
+    """By the very inputs of two tasks, of which one is longer: relative to them it counts as much."""
+    method = adapters.oa_adapter(
+        lambda path: True, 2, 3, orthogonal_to="inputs", protected=1, strength=strength, drift_strength=3.0
+    )
+    adapter, state = method.init(jax.random.key(0), {"kernel": jnp.eye(5)})
+    earlier = [scale * jax.random.normal(jax.random.key(seed), (9, 5)) for seed, scale in ((1, 1.0), (2, 30.0))]
+    adapter = scattered(adapter)
+    assert method.penalty(adapter, state)[0] == 0
+    for task, x in enumerate(earlier):
+        state = method.measure(state, {"kernel": adapters.second_moments(x)})
+        _, state = method.commit(jax.random.key(task), adapter, state)
+        change = method.changes(adapter, state)["kernel"]._replace(past=None)
+        lengths = [jnp.square(adapters.added(change, x)).sum() / jnp.square(x).sum() for x in earlier[: task + 1]]
+        penalty, metrics = method.penalty(adapter, state)
+        assert_close(metrics["drift"], sum(lengths))
+        assert_close(penalty, 3 * sum(lengths))
+    gradient = jax.grad(lambda adapter: method.penalty(adapter, state)[0])(adapter)["kernel"]
+    assert gradient.down.any() and gradient.up.any() and gradient.gate.any()
+
+
 def test_inputs_in_all_directions_leave_half_to_learn_in():
     method = adapters.oa_adapter(lambda path: True, 3, 2, orthogonal_to="inputs", protected=64)
     params = {"kernel": jnp.eye(7)}
@@ -413,6 +435,11 @@ def test_what_tasks_cost():
         (lambda: adapters.oa_adapter(hidden, 1, 1, orthogonal_to="up"), "orthogonal_to: got 'up'"),
         (lambda: adapters.oa_adapter(hidden, 1, 1, threshold=0), "threshold: got 0"),
         (lambda: adapters.oa_adapter(hidden, 1, 1, strength=-0.5), "strength: got -0.5"),
+        (lambda: adapters.oa_adapter(hidden, 1, 1, drift_strength=-1), "drift_strength: got -1"),
+        (
+            lambda: adapters.oa_adapter(hidden, 1, 1, orthogonal_to="down", drift_strength=1.0),
+            'drift_strength: got 1.0; pass orthogonal_to="inputs"',
+        ),
         (lambda: adapters.lora(lambda path: "query" in path, 1).init(jax.random.key(0), PARAMS), "no match among"),
         (lambda: adapters.lora(lambda path: "bias" in path, 1).init(jax.random.key(0), PARAMS), "covers: got leaves"),
         (lambda: adapters.merge(PARAMS, {"params/x": None}, "parallel"), "changes: got sites"),

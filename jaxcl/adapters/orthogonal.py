@@ -14,8 +14,8 @@ import jax.numpy as jnp
 from jaxcl.adapters.bank import AdapterState, begin_state, commit_factors
 from jaxcl.adapters.contract import Adapter, Change, Factors, Site, product, same_state, sites_of
 from jaxcl.adapters.log import Log, empty_log, log_switches, read_log
-from jaxcl.adapters.subspaces import kept_off, nothing_protected, overlap, protect
-from jaxcl.typing import Array, Key, PyTree, check_at_least, check_choice
+from jaxcl.adapters.subspaces import Protected, kept_off, nothing_protected, overlap, protect
+from jaxcl.typing import Array, Key, PyTree, bad_argument, check_at_least, check_choice
 
 OrthogonalTo = Literal["outputs", "down", "inputs"]
 
@@ -47,6 +47,7 @@ def oa_adapter(
     orthogonal_to: OrthogonalTo | None = "inputs",
     strength: float | None = None,
     protected: int = 64,
+    drift_strength: float = 0.0,
     gates: Literal["learned", "fixed"] = "learned",
     threshold: float = 0.1,
     sparsity: float = 0.0,
@@ -70,6 +71,9 @@ def oa_adapter(
             off instead, so that the overlap is 0.
         protected: directions of the protected subspace at most. Inputs may go in all directions there are: of these
             at most half are protected, so that some are left to learn in.
+        drift_strength: of a second penalty, for "inputs" alone: how much the new adapter adds to what earlier tasks had
+            at a site, the sum over these of E |adapter(x)|^2 / E |x|^2, in the mean over sites. It counts all
+            directions, each as far as it matters to them, where `protected` takes some of them off.
         gates: "fixed" has all ranks active with gates of 1.
         threshold: tau at first; gates begin as normal variables with the mean 2 tau and the standard deviation tau.
         sparsity: weight of the mean of |soft(g, tau)| in the loss. The paper has no such term; without one tau has no
@@ -79,15 +83,18 @@ def oa_adapter(
         log_size: switches of ranks that are kept, see `switches`.
 
     Raises:
-        ValueError: an option out of range.
+        ValueError: an option out of range, or a drift_strength without inputs.
     """
     for name, value, least in (
         ("rank", rank, 1), ("tasks", tasks, 1), ("protected", protected, 1), ("threshold", threshold, 1e-6),
         ("sparsity", sparsity, 0), ("log_size", log_size, 1), ("strength", strength or 0, 0),
+        ("drift_strength", drift_strength, 0),
     ):  # fmt: skip
         check_at_least(name, value, least)
     check_choice("orthogonal_to", orthogonal_to, ("outputs", "down", "inputs", None))
     check_choice("gates", gates, ("learned", "fixed"))
+    if drift_strength and orthogonal_to != "inputs":
+        raise bad_argument("drift_strength", drift_strength, 'pass orthogonal_to="inputs", whose pass measures drift')
     learned = gates == "learned"
 
     def fresh(key: Key, sites: Mapping[str, Site]) -> dict[str, Gated]:
@@ -116,15 +123,8 @@ def oa_adapter(
         return {path: soft_gate(own) != 0 if learned else jnp.ones(rank, bool) for path, own in adapter.items()}
 
     def factors(adapter: Mapping[str, Gated], state: OrthogonalState) -> dict[str, Factors]:
-        found = {}
-        for path, own in adapter.items():
-            down, up = own.down, own.up
-            if strength is None and orthogonal_to == "outputs":
-                up = kept_off(state.of_tasks.protected[path].basis, up.T).T
-            elif strength is None and orthogonal_to:
-                down = kept_off(state.of_tasks.protected[path].basis, down)
-            found[path] = Factors(down, up, soft_gate(own) if learned else jax.lax.stop_gradient(own.gate))
-        return found
+        off = state.of_tasks.protected if strength is None else {}
+        return {path: _factors(own, learned, orthogonal_to, off.get(path)) for path, own in adapter.items()}
 
     def changes(adapter: Mapping[str, Gated], state: OrthogonalState) -> dict[str, Change]:
         found = {}
@@ -149,7 +149,12 @@ def oa_adapter(
             "active rank": sum(jnp.sum(own.gate != 0) for own in now.values()) / sites,
             "overlap": jnp.asarray(inside / sites, jnp.float32),
         }
-        return jnp.asarray((strength or 0) * inside + sparsity * gated) / sites, metrics
+        total = (strength or 0) * inside + sparsity * gated
+        if orthogonal_to == "inputs":
+            drift = sum(_added_length(kept.gram, now[path]) for path, kept in state.of_tasks.protected.items())
+            metrics["drift"] = jnp.asarray(drift / sites, jnp.float32)
+            total += drift_strength * drift
+        return jnp.asarray(total) / sites, metrics
 
     def track(adapter: Mapping[str, Gated], state: OrthogonalState) -> OrthogonalState:
         now = active_ranks(adapter)
@@ -168,9 +173,10 @@ def oa_adapter(
         found = state.measured or {path: _directions(own, orthogonal_to) for path, own in now.items()}
         kept = {path: protect(old, _each_alike(found[path])) for path, old in of_tasks.protected.items()}
         adapter = fresh(key, {path: Site(len(own.down), own.up.shape[1]) for path, own in now.items()})
-        none = jax.tree.map(jnp.zeros_like, state.measured)
-        of_tasks = of_tasks._replace(protected=kept)
-        return adapter, OrthogonalState(of_tasks, none, active_ranks(adapter), jnp.int32(0), state.log)
+        return adapter, OrthogonalState(
+            of_tasks._replace(protected=kept), jax.tree.map(jnp.zeros_like, state.measured), active_ranks(adapter),
+            jnp.int32(0), state.log,
+        )  # fmt: skip
 
     return Adapter(
         init, changes, penalty, track if learned else same_state, measure if orthogonal_to == "inputs" else None,
@@ -189,12 +195,28 @@ def _begin(key: Key, site: Site, rank: int, threshold: float, learned: bool) -> 
     )
 
 
+def _factors(own: Gated, learned: bool, orthogonal_to: OrthogonalTo | None, off: Protected | None) -> Factors:
+    """The map of what is trained at a site, kept off a subspace [N, M] if one is given."""
+    down, up = own.down, own.up
+    if off is not None and orthogonal_to == "outputs":
+        up = kept_off(off.basis, up.T).T
+    elif off is not None:
+        down = kept_off(off.basis, down)
+    return Factors(down, up, soft_gate(own) if learned else jax.lax.stop_gradient(own.gate))
+
+
 def _directions(own: Factors, orthogonal_to: OrthogonalTo | None) -> Array:
     """The sum of v v^T over the directions v of active ranks, of length 1."""
     columns = own.up.T if orthogonal_to == "outputs" else own.down
     lengths = jnp.linalg.norm(columns, axis=0)
     columns = jnp.where((own.gate != 0) & (lengths > 0), columns / jnp.where(lengths > 0, lengths, 1), 0)
     return product(columns, columns.T)
+
+
+def _added_length(gram: Array, own: Factors) -> Array:
+    """The sum [] of |adapter(x)|^2 over the vectors x whose products x x^T sum up to `gram` [D, D]."""
+    gated = own.gate[:, None] * own.up
+    return jnp.sum(product(product(own.down.T, product(gram, own.down)), gated) * gated)
 
 
 def _each_alike(gram: Array) -> Array:
