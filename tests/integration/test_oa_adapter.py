@@ -10,7 +10,7 @@ from helpers import golden_folder
 from experiments import adapter_findings, oa_adapter
 from jaxcl import adapters
 
-SMOKE = ["--preset", "smoke", "--methods", "lora", "oa_inputs"]
+SMOKE = ["--preset", "smoke", "--methods", "lora", "oa_inputs", "--oa-at-queries", "--oa-drift-strength", "10"]
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +75,7 @@ def test_a_t5_answers_in_words(words, tmp_path):
     ("arguments", "message"),
     [
         (["--data", "json:nowhere"], "data: got json:nowhere"),
-        (["--rank", "0"], "rank: got 0"),
+        (["--oa-inputs-rank", "0"], "rank: got 0"),
         (["--oa-threshold", "0"], "threshold: got 0"),
     ],
 )
