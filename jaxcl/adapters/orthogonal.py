@@ -153,7 +153,7 @@ def oa_adapter(
         if orthogonal_to == "inputs":
             drift = sum(_added_length(kept.gram, now[path]) for path, kept in state.of_tasks.protected.items())
             metrics["drift"] = jnp.asarray(drift / sites, jnp.float32)
-            total += drift_strength * drift
+            total += drift_strength * drift if drift_strength else 0  # no gradient for nothing
         return jnp.asarray(total) / sites, metrics
 
     def track(adapter: Mapping[str, Gated], state: OrthogonalState) -> OrthogonalState:
