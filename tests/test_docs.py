@@ -51,7 +51,9 @@ def test_commands_are_understood(page, monkeypatch):
 
     monkeypatch.setattr(tyro, "cli", stopping(tyro.cli))
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", stopping(argparse.ArgumentParser.parse_args))
-    for command in commands(page.read_text()):
+    found = commands(page.read_text())
+    assert found or page.stem not in ("README", "results")
+    for command in found:
         _, _, name, *arguments = shlex.split(command)
         module = importlib.import_module(f"{name}.__main__" if name == "jaxcl.coding" else name)
         try:
