@@ -16,7 +16,7 @@ from jaxcl import adapters, continual, data, nets
 from jaxcl.adapters import LayerFunction
 from jaxcl.continual import Adapted, Batch, Objective, Stream, streams
 from jaxcl.nearest import normalise
-from jaxcl.typing import Array, Key, PyTree, bad_argument, check_between, check_choice
+from jaxcl.typing import Array, Key, PyTree, bad_argument, check_between
 
 TEMPERATURE = 0.05  # of the cosine classifier
 UNCHANGED = adapters.layer_function({}, "parallel")  # leaves all layers as they are
@@ -131,11 +131,10 @@ def in_words(
         length: tokens of a text, at most.
 
     Raises:
-        ValueError: another model; as the loaders and `data.tokenize`.
+        ValueError: as the loaders and `data.tokenize`.
     """
     kind, _, place = model.partition(":")
     loaders: dict[str, Callable[..., tuple[Any, PyTree]]] = {"t5": nets.load_t5, "llama": nets.load_llama}
-    check_choice("model", kind, loaders)
     network, params = loaders[kind](place)
     ends = json.loads((Path(place) / "config.json").read_text()).get("eos_token_id")
     end = ends[0] if isinstance(ends, list) and ends else ends  # later Llamas have several

@@ -25,7 +25,7 @@ import optax
 
 from experiments import compare
 from experiments.card import Card
-from experiments.common import Run, RunConfig, parse_command
+from experiments.common import Run, RunConfig, parse_command, run_command
 from experiments.features import load_features
 from experiments.keys import KeyFitting, train_bottleneck
 from jaxcl import bottleneck, continual, nets
@@ -154,12 +154,11 @@ def run(config: Config) -> dict[str, Any]:
     params = [net.init(key[1], jnp.zeros((1, tasks[0].train.inputs.shape[1]))) for key in keys]
     steps: dict[str, Any] = {"epochs": config.epochs, "batch_size": config.batch_size, "steps_per_call": 16}
     strategies = _strategies(config, net)
+    layer = bottleneck.discrete_key_value_bottleneck(
+        tasks[0].train.inputs.shape[1], 10, codebooks=config.codebooks, pairs=config.pairs, key_width=config.key_width
+    )
     for name in config.methods:
         if name == "dkvb":
-            layer = bottleneck.discrete_key_value_bottleneck(
-                tasks[0].train.inputs.shape[1], 10, codebooks=config.codebooks, pairs=config.pairs,
-                key_width=config.key_width,
-            )  # fmt: skip
             train_bottleneck(
                 run, layer, config.dkvb_learning_rate, tasks, [key[1] for key in keys], run_keys, classes=10,
                 fitting=KeyFitting(config.key_epochs, config.key_batch_size), **steps,
@@ -197,4 +196,4 @@ def _strategies(config: Config, net: nets.MLP) -> dict[Method, Strategy]:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -116,12 +116,13 @@ def run(config: Config, *, experiment: str) -> dict[str, Any]:
         "streaming_lda": continual.streaming_lda(shrinkage=config.lda_shrinkage),
         "ridge": continual.ridge_classifier(strength=config.ridge_strength),
     }
+    layer = make_layer(config, tasks[0])  # before any training, so that what is wrong about it is told at once
     for name in config.methods:
         of_method = [streams.joint(stream) for stream in tasks] if name.startswith("joint") else tasks
         if name in closed_forms:
             _closed_form(run, config, name, closed_forms[name], of_method, run_keys)
         elif name == "dkvb":
-            train_dkvb(run, config, of_method, init_keys, run_keys)
+            train_dkvb(run, config, layer, of_method, init_keys, run_keys)
         elif name.endswith("linear_probe"):
             _linear_probe(run, config, name, of_method, run_keys)
         else:
@@ -129,16 +130,23 @@ def run(config: Config, *, experiment: str) -> dict[str, Any]:
     return run.finish()
 
 
+def make_layer(config: Config, stream: Stream) -> Bottleneck:
+    """The bottleneck that `config` describes, for the features of a stream."""
+    return bottleneck.discrete_key_value_bottleneck(
+        stream.train.inputs.shape[1],
+        config.value_width or stream.eligible.shape[1],
+        codebooks=config.codebooks,
+        pairs=config.pairs,
+        key_width=config.key_width,
+        top_k=config.top_k,
+        projection="chunk" if config.projection == "chunk" else "random",
+    )
+
+
 def train_dkvb(
-    run: Run, config: Config, tasks: Sequence[Stream], init_keys: Sequence[Key], keys: Key
-) -> tuple[Bottleneck, list[Indexed]]:
-    """Trains the bottleneck that `config` describes, as method "dkvb" of `run`; see `train_bottleneck`."""
-    if config.dual and (config.mesh or config.tensorboard):
-        raise bad_argument(
-            "dual",
-            True,
-            "it trains on one device and writes no event files: leave --mesh and --tensorboard out, or --dual",
-        )
+    run: Run, config: Config, layer: Bottleneck, tasks: Sequence[Stream], init_keys: Sequence[Key], keys: Key
+) -> list[Indexed]:
+    """Trains the bottleneck `layer` as method "dkvb" of `run`; see `train_bottleneck`."""
     classes, source = tasks[0].eligible.shape[1], None
     if config.key_source != "stream":
         name = config.data if config.key_source == "noise" else config.key_source
@@ -147,15 +155,6 @@ def train_dkvb(
             folder=config.features, limit=config.limit, noise=config.key_source == "noise",
         )  # fmt: skip
         source = np.asarray(others.train.inputs)
-    layer = bottleneck.discrete_key_value_bottleneck(
-        tasks[0].train.inputs.shape[1],
-        config.value_width or classes,
-        codebooks=config.codebooks,
-        pairs=config.pairs,
-        key_width=config.key_width,
-        top_k=config.top_k,
-        projection="chunk" if config.projection == "chunk" else "random",
-    )
     share = config.projection_share if config.projection == "learned" else None
     hidden = {"voting": None, "linear": (), "mlp": (128,)}[config.decoder]
     indexed = train_bottleneck(
@@ -165,11 +164,17 @@ def train_dkvb(
         dual=config.dual, epochs=config.epochs, batch_size=config.batch_size, steps_per_call=64,
     )  # fmt: skip
     run.figures |= key_figures(layer, indexed[0], tasks[0])
-    return layer, indexed
+    return indexed
 
 
 def prepare(config: Config) -> tuple[list[Stream], list[Key], Key]:
     """For each seed a stream, a key for initial parameters, and [S] a key for training."""
+    if "dkvb" in config.methods and config.dual and (config.mesh or config.tensorboard):
+        raise bad_argument(
+            "dual",
+            True,
+            "it trains on one device and writes no event files: leave --mesh and --tensorboard out, or --dual",
+        )
     split = load_features(
         config.data,
         encoder=config.encoder,

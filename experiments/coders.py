@@ -22,7 +22,7 @@ from scipy import stats
 from tqdm import tqdm
 
 from experiments.card import Card
-from experiments.common import BaseConfig, claim_folder, finished_before, parse_command
+from experiments.common import BaseConfig, claim_folder, finished_before, parse_command, run_command
 from experiments.rows import Outcome, file_name, finish, kept
 from jaxcl import coding, gaussian, report
 from jaxcl.gaussian import Gaussian
@@ -185,4 +185,4 @@ def _figures(config: Config, results: Mapping[str, Mapping[str, float]]) -> "dic
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -9,6 +9,7 @@ import logging
 import os
 import platform
 import resource
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -23,7 +24,7 @@ from tqdm import tqdm
 
 from jaxcl import continual, files, report
 from jaxcl.continual import Checkpoint, Progress, Result, Strategy, Stream, metrics, sharding
-from jaxcl.typing import Key, PyTree, bad_argument, check_at_least, check_choice
+from jaxcl.typing import ArgumentError, Key, PyTree, bad_argument, check_at_least
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -36,7 +37,8 @@ class BaseConfig:
     """Settings that every experiment has; the defaults shown are those of the preset."""
 
     preset: Literal["smoke", "cpu", "paper"] = "cpu"
-    """Starting point of all other settings: smoke takes seconds, cpu minutes on two cores, paper is as published."""
+    """Starting point of all other settings: smoke takes a minute or two, cpu minutes on two cores, paper is as
+    published."""
     out: Path = Path("runs")
     """Folder for metrics.json, config.json, report.html, tables as CSV and the checkpoints. If it holds an unfinished
     run of the same settings, the run goes on from there."""
@@ -68,9 +70,12 @@ def parse_command(
 ) -> Config:
     """The configuration that a command line asks for: a preset, with whatever options are given put over it.
 
+    The default of `out` ends in the data set and the preset, where these are not the default: so one command does not
+    meet the run of another.
+
     Args:
         presets: (preset, data) -> configuration, a dataclass with fields `preset` and `data` among others.
-        data: names of data sets, the default first; "folder:PATH" and the like go by what stands before the colon.
+        data: names of data sets, the default first; as folder:PATH where something has to be put after the colon.
         argv: arguments; those of the process if None.
         description: what ``--help`` begins with.
     """
@@ -78,10 +83,24 @@ def parse_command(
     first.add_argument("--preset", choices=("smoke", "cpu", "paper"), default="cpu")
     first.add_argument("--data", default=data[0])
     chosen, _ = first.parse_known_args(argv)
-    check_choice("data", chosen.data.partition(":")[0], data)
-    return tyro.cli(
-        type(default := presets(chosen.preset, chosen.data)), default=default, args=argv, description=description
-    )
+    kinds = {known.partition(":")[0]: ":" in known for known in data}
+    kind, _, place = chosen.data.partition(":")
+    if kinds.get(kind) != bool(place):
+        raise bad_argument("data", repr(chosen.data), f"choose one of {', '.join(data)}")
+    default = presets(chosen.preset, chosen.data)
+    name = "".join(f"_{part}" for part in (kind, chosen.preset) if part not in (next(iter(kinds)), "cpu"))
+    default = dataclasses.replace(default, out=default.out.with_name(default.out.name + name))
+    return tyro.cli(type(default), default=default, args=argv, description=description)
+
+
+def run_command(main: Callable[[], object]) -> None:
+    """Runs `main` for a command line: wrong arguments, files and packages end it with a message, and no traceback."""
+    try:
+        main()
+    except (ArgumentError, FloatingPointError, ImportError, OSError) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("\ninterrupted: the same command goes on from what was saved")
 
 
 def claim_folder(config: BaseConfig, *, writes: bool = True) -> dict[str, Any]:
@@ -94,15 +113,25 @@ def claim_folder(config: BaseConfig, *, writes: bool = True) -> dict[str, Any]:
     Raises:
         ValueError: the folder holds a run of another configuration.
     """
+    settings = settings_for_folder(config)
+    if writes and not (path := config.out / "config.json").exists():
+        report.write_json(path, settings)
+    return settings
+
+
+def settings_for_folder(config: BaseConfig) -> dict[str, Any]:
+    """What `claim_folder` keeps, without claiming: for as long as nothing is begun that could meet another run.
+
+    Raises:
+        ValueError: as `claim_folder`.
+    """
     settings = _plain(dataclasses.asdict(config))
     path = config.out / "config.json"
-    if not path.exists():
-        if writes:
-            report.write_json(path, settings)
-        return settings
-    before = report.read_json(path)
+    before = report.read_json(path) if path.exists() else settings
     if other := different_settings(before, settings):
         differences = ", ".join(f"{name} {before.get(name)} (now {settings.get(name)})" for name in other)
+        if before.keys() != settings.keys():
+            differences = "other settings than this experiment has"
         raise bad_argument(
             "out", f"{config.out}, which holds a run with {differences}",
             "choose another folder, or give that run's settings to go on with it",
@@ -175,7 +204,7 @@ class Run:
         # What an experiment adds to the report: figures by caption, and to metrics.json under names of its own.
         self.figures: dict[str, Figure] = {}
         self.findings: dict[str, Any] = {}
-        self._settings = claim_folder(config, writes=self._writes)
+        self._settings = settings_for_folder(config)
 
     def finished(self) -> dict[str, Any] | None:
         """What metrics.json holds if the run was finished before; it is told, and not done again."""
@@ -234,7 +263,8 @@ class Run:
         )
 
     def checkpoints(self, name: str) -> Path:
-        """The folder for the checkpoints of method `name`."""
+        """The folder for the checkpoints of method `name`; that of the run is claimed now that something is begun."""
+        claim_folder(self._config, writes=self._writes)
         return self._config.out / "checkpoints" / name
 
     def due(self, written: float) -> bool:

@@ -1,6 +1,7 @@
 """Finished runs side by side: one table in the terminal, and one page with plots and the settings that differ.
 
-Name the folders that experiments have left (their --out), two or more. For example, to see what fewer pairs cost:
+Name the folders that experiments on tasks in turn have left (their --out), two or more. For example, to see what fewer
+pairs cost:
 
 python -m experiments.dkvb
 
@@ -19,6 +20,7 @@ import numpy as np
 import tyro
 
 from experiments.card import Card
+from experiments.common import run_command
 from jaxcl import files, report
 from jaxcl.typing import bad_argument
 
@@ -141,6 +143,8 @@ def _read_run(folder: Path, name: str) -> Run:
         report.check_metrics(metrics if isinstance(metrics, dict) else {})
     except ValueError as error:
         raise bad_argument("runs", f"{path} ({error})", "make it anew by running again") from error
+    if not (folder / "accuracy.csv").exists():
+        raise bad_argument("runs", f"{folder} without accuracy.csv", "name runs that learn tasks in turn")
     accuracy = report.read_accuracy_csv(folder / "accuracy.csv")
     if set(accuracy) != set(metrics["results"]):
         raise bad_argument(
@@ -150,4 +154,4 @@ def _read_run(folder: Path, name: str) -> Run:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

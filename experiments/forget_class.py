@@ -24,7 +24,7 @@ import numpy as np
 from experiments import class_incremental, dkvb
 from experiments.card import Card
 from experiments.class_incremental import Config
-from experiments.common import Run, over_seeds, parse_command
+from experiments.common import Run, over_seeds, parse_command, run_command
 from experiments.keys import Indexed
 from experiments.sweep import run_grid
 from jaxcl import bottleneck, report
@@ -77,7 +77,8 @@ def run_experiment(config: Config) -> dict[str, Any]:
     if document := run.finished():
         return document
     tasks, init_keys, keys = class_incremental.prepare(config)
-    layer, indexed = class_incremental.train_dkvb(run, config, tasks, init_keys, keys)
+    layer = class_incremental.make_layer(config, tasks[0])
+    indexed = class_incremental.train_dkvb(run, config, layer, tasks, init_keys, keys)
     classes = tasks[0].eligible.shape[1]
     found = [
         delete_each(layer, of_seed, result.params, np.asarray(stream.train.labels), classes)
@@ -107,4 +108,4 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -21,7 +21,7 @@ import numpy as np
 import optax
 
 from experiments.card import Card
-from experiments.common import Run, RunConfig, over_seeds, parse_command
+from experiments.common import Run, RunConfig, over_seeds, parse_command, run_command
 from experiments.images import NAMES, crop_and_flip, load_images, normalised, read_images
 from experiments.sweep import run_grid
 from jaxcl import continual, data, masks, nets, report
@@ -199,6 +199,9 @@ def _run(config: Config) -> dict[str, Any]:
     params = [{"params": network.testing.init(key[1], first)["params"]} for key in keys]
     steps = config.epochs * -(-max(len(part.rows) for part in tasks[0].train_sets) // config.batch_size)
     banks: dict[str, list[Bank]] = {}  # of each method with masks, one a seed
+    for name in config.methods:
+        if name in MASKED:  # so that what is wrong about one is told before any training
+            _masked(config, name, network, steps)
     for name in config.methods:
         of_method = [streams.joint(stream) for stream in tasks] if name == "joint" else tasks
         rate = config.packnet_learning_rate if name == "packnet" else config.learning_rate
@@ -385,4 +388,4 @@ def _plain(config: Config, name: Method, network: Network) -> Strategy:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

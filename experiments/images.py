@@ -9,7 +9,7 @@ from jaxcl.continual import Examples
 from jaxcl.data.lazy import take
 from jaxcl.typing import Array, Key, check_at_least, is_resident
 
-NAMES = ("digits", "mnist", "cifar10", "cifar100", "tinyimagenet", "folder", "tfds")
+NAMES = ("digits", "mnist", "cifar10", "cifar100", "tinyimagenet:PATH", "folder:PATH", "tfds:NAME")
 _PIECE = 1024  # images decoded between two strokes of the bar
 
 

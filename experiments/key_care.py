@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.card import Card
-from experiments.common import Run, RunConfig, over_seeds, parse_command
+from experiments.common import Run, RunConfig, over_seeds, parse_command, run_command
 from experiments.features import load_features
 from experiments.keys import KeyFitting, fit_keys
 from jaxcl import bottleneck, continual, files, report
@@ -218,4 +218,4 @@ def _distances(layer: Bottleneck, before: KeyState, after: KeyState, stream: Str
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from experiments.card import Card
 from experiments.coders import CODERS
-from experiments.common import BaseConfig, claim_folder, finished_before, parse_command
+from experiments.common import BaseConfig, claim_folder, finished_before, parse_command, run_command
 from experiments.images import crop_and_flip, load_images, normalised, read_images
 from experiments.rows import Outcome, file_name, finish, kept
 from jaxcl import coding, data, gaussian, nets, report
@@ -452,4 +452,4 @@ def _figures(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> "dict[str, Fig
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

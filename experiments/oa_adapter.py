@@ -34,14 +34,14 @@ from experiments.adapter_bodies import (
 )
 from experiments.adapter_findings import bank_of, figures_of, findings_of, table_of
 from experiments.card import Card
-from experiments.common import Run, RunConfig, over_seeds, parse_command
+from experiments.common import Run, RunConfig, over_seeds, parse_command, run_command
 from experiments.sweep import run_grid
 from experiments.text_tasks import load_tasks
 from jaxcl import adapters, continual, report
 from jaxcl.adapters import Adapter, LayerFunction
 from jaxcl.continual import Adapted, Objective, Result, Strategy, Stream, streams
 from jaxcl.continual.strategies import Features
-from jaxcl.typing import Array, Key, PyTree, bad_argument
+from jaxcl.typing import Array, Key, PyTree, bad_argument, check_choice
 
 CARDS = {
     "--preset smoke": Card("1 min", "that it runs"),
@@ -187,7 +187,7 @@ def preset(name: str, data: str) -> Config:
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Runs the experiment, or its last point in a sweep; returns what is in metrics.json."""
-    names = ("digits", "short", "long", "json", "tfds")
+    names = ("digits", "short", "long", "json:PATH", "tfds:NAME")
     return run_grid(parse_command(preset, data=names, argv=argv, description=__doc__ or ""), _run)[-1]
 
 
@@ -199,6 +199,8 @@ def _run(config: Config) -> dict[str, Any]:
     body, ways = _body(config, run)
     own = [ways[seed % len(ways)] for seed in range(config.seeds)]
     keys = [jax.random.split(jax.random.key(seed)) for seed in range(config.seeds)]
+    for name in config.methods:
+        _learner(config, name, body, own[0])  # so that what is wrong about one is told before any training
     for name in config.methods:
         learner = _learner(config, name, body, own[0])
         of_method = [learner.stream(stream) for stream in own]
@@ -221,7 +223,10 @@ def _run(config: Config) -> dict[str, Any]:
 
 def _body(config: Config, run: Run) -> tuple[Body, list[Stream]]:
     """The network, and streams of which each seed has one in turn."""
+    check_choice("model", config.model.partition(":")[0], ("minilm", "t5", "llama"))
     if config.data == "digits":
+        if config.model != "minilm":
+            raise bad_argument("model", config.model, "digits have a network of their own: pass texts as --data, too")
         run.tell("Training the network on upright digits.")
         return permuted_digits(
             tasks=config.tasks, seeds=config.seeds, layers=config.adapted_layers, epochs=config.epochs,
@@ -365,4 +370,4 @@ def _method(config: Config, name: Method, tasks: int) -> Adapter | None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 from experiments import dkvb, ibm, miracle, oa_adapter, simvq_image
 from experiments.card import Card
-from experiments.common import BaseConfig, claim_folder, environment, parse_command
+from experiments.common import BaseConfig, claim_folder, environment, parse_command, run_command
 from jaxcl import files, report
 from jaxcl.typing import bad_argument
 
@@ -209,4 +209,4 @@ def table_of(rows: Mapping[str, Sequence[Row]]) -> list[list[str]]:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

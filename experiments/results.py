@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import tyro
 
 from experiments.card import Card
-from experiments.common import parse_command
+from experiments.common import parse_command, run_command
 from jaxcl import files, report
 from jaxcl.typing import bad_argument
 
@@ -178,7 +178,7 @@ def settings_of(command: str) -> Any:
     name, *arguments = shlex.split(command)
     module = importlib.import_module(name)
     data = arguments[arguments.index("--data") + 1] if "--data" in arguments else module.preset("cpu", "digits").data
-    return parse_command(module.preset, data=(data.partition(":")[0],), argv=arguments, description="")
+    return parse_command(module.preset, data=(data,), argv=arguments, description="")
 
 
 def _percent(metric: dict[str, Any]) -> str:
@@ -187,4 +187,4 @@ def _percent(metric: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

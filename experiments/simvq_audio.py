@@ -10,6 +10,7 @@ python -m experiments.simvq_audio
 """
 
 import dataclasses
+import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +21,7 @@ import numpy as np
 import optax
 
 from experiments.card import Card
-from experiments.common import parse_command
+from experiments.common import parse_command, run_command
 from experiments.tokenizers import Material, TokenizerConfig, run
 from jaxcl import data, nets, reconstruction, report
 from jaxcl.continual import Examples
@@ -233,8 +234,10 @@ def figures(shown: Mapping[str, np.ndarray], rate: int) -> dict[str, "Figure"]:
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Runs the experiment; returns what is in metrics.json."""
     config = parse_command(preset, data=("fsdd",), argv=argv, description=__doc__ or "")
+    if missing := [name for name in ("pystoi", "pesq") if importlib.util.find_spec(name) is None]:
+        print(f'{", ".join(missing)} missing, and what they measure is left out: pip install -e ".[audio]"\n')
     return run(config, "simvq_audio", material_of(config))
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -20,7 +20,7 @@ import numpy as np
 import optax
 
 from experiments.card import Card
-from experiments.common import parse_command
+from experiments.common import parse_command, run_command
 from experiments.images import NAMES, load_images
 from experiments.tokenizers import Material, TokenizerConfig, run
 from jaxcl import nets, reconstruction, report
@@ -75,7 +75,7 @@ def preset(name: Any, data: str) -> Config:
     kind = data.partition(":")[0]
     small = kind == "digits"
     config = Config(
-        preset=name, data=data, out=Path(f"runs/simvq_image_{kind}"), seeds=1, patch=2 if small else 4,
+        preset=name, data=data, out=Path("runs/simvq_image"), seeds=1, patch=2 if small else 4,
         hidden=64 if small else 128, rows=("vq:1024", "fsq:1024", "simvq:1024") if small else CPU_ROWS,
     )  # fmt: skip
     if small:
@@ -227,4 +227,4 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -22,6 +22,7 @@ import tyro
 from tqdm import tqdm
 
 from experiments.card import Card
+from experiments.common import run_command
 from experiments.text_tasks import ORDERS
 from jaxcl import data, files, nets
 from jaxcl.continual import Checkpoint, sharding
@@ -158,4 +159,4 @@ def _left_out(key: Key, tokens: Array) -> tuple[Array, Array]:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

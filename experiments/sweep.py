@@ -45,16 +45,18 @@ def run_grid(config: Config, run: Callable[[Config], Any]) -> list[Any]:
     if not settings:
         return [run(config)]
     base: Path = config.out  # type: ignore[attr-defined]
-    folders, documents = [], []
+    points: list[Any] = []
     for values in itertools.product(*settings.values()):
         point = dict(zip(settings, values, strict=True))
         folder = base / ",".join(f"{name}={value.replace('/', '-')}" for name, value in point.items())
-        print(f"\n{folder.name}\n")
         default: Any = dataclasses.replace(config, sweep=(), out=folder)  # type: ignore[type-var]
-        documents.append(run(tyro.cli(type(default), default=default, args=_arguments(point))))
-        folders.append(folder)
-    if len(folders) > 1:
-        compare.main([*map(str, folders), "--out", str(base)])
+        points.append(tyro.cli(type(default), default=default, args=_arguments(point)))
+    documents = []
+    for made in points:
+        print(f"\n{made.out.name}\n")
+        documents.append(run(made))
+    if len(points) > 1:
+        compare.main([*(str(made.out) for made in points), "--out", str(base)])
     return documents
 
 

@@ -44,6 +44,7 @@ from tqdm import tqdm
 
 from experiments.adapter_bodies import ends_of_blocks, queries_and_values
 from experiments.card import Card
+from experiments.common import run_command
 from jaxcl import adapters, bottleneck, coding, continual, gaussian, masks, nearest, nets, quantize, report, tokenizer
 from jaxcl.continual import Strategy, streams
 from jaxcl.continual.programs import Resident, Tables, compile_programs
@@ -545,4 +546,4 @@ def _row(entry: dict[str, Any]) -> list[str]:
 
 
 if __name__ == "__main__":
-    sys.exit(any("error" in entry for entry in main()))
+    run_command(lambda: sys.exit(any("error" in entry for entry in main())))

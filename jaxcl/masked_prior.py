@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxcl.typing import Array, Key, PyTree, bad_argument, check_at_least, check_between, check_rank
+from jaxcl.typing import Array, Key, PyTree, bad_argument, check_at_least, check_between, check_count, check_rank
 
 
 class Network(Protocol):
@@ -105,8 +105,8 @@ def masked_prior(
             ranges above.
     """
     check_between("codebook_size", codebook_size, 1, 2**31 - 1)  # K itself is an index too
-    check_at_least("length", length, 1)
-    check_at_least("classes", classes, 0)
+    check_count("length", length, 1)
+    check_count("classes", classes, 0)
     check_between("label_dropping", label_dropping, 0, 1)
 
     def predict(params: PyTree, tokens: Array, labels: Array, guidance: float | None = None) -> Array:
@@ -162,7 +162,7 @@ def masked_prior(
         check_at_least("choice_temperature", choice_temperature, 0)
         check_at_least("guidance", guidance, 0)
         if isinstance(labels, int):
-            check_at_least("labels", labels, 1)
+            check_count("labels", labels, 1)
             labels = _labels(None, labels, classes)
         else:
             labels = _labels(labels, len(labels), classes)
@@ -196,8 +196,8 @@ def smallest_radix(codebook_size: int, digits: int) -> int:
     Raises:
         ValueError: K or digits below 1.
     """
-    check_at_least("codebook_size", codebook_size, 1)
-    check_at_least("digits", digits, 1)
+    check_count("codebook_size", codebook_size, 1)
+    check_count("digits", digits, 1)
     radix = max(1, round(codebook_size ** (1 / digits)))
     return next(size for size in (radix - 1, radix, radix + 1) if size**digits >= codebook_size)
 

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxcl.typing import Array, bad_argument, check_at_least, check_choice, check_rank, check_width
+from jaxcl.typing import Array, bad_argument, check_choice, check_count, check_rank, check_width
 
 Metric = Literal["euclidean", "cosine"]
 Pair = tuple[Array, Array]
@@ -131,11 +131,11 @@ def _prepare(
     """Checks arguments; returns x [..., D], codebook, which codes may be chosen [K], and what makes rows codes."""
     check_choice("metric", metric, _METRICS)
     check_rank("codebook", codebook, 2)
-    check_at_least("codebook rows", codebook.shape[0], 1)
+    check_count("codebook rows", codebook.shape[0], 1)
     made = codebook if transform is None else jax.eval_shape(transform, codebook)
     check_width("x", x, made.shape[1], "codebook")
     if block_size is not None:
-        check_at_least("block_size", block_size, 1)
+        check_count("block_size", block_size, 1)
     if eligible is None:
         eligible = jnp.ones(len(codebook), bool)
     if eligible.shape != (len(codebook),):

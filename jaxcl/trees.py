@@ -15,20 +15,20 @@ def keys_like(key: Key, tree: PyTree) -> PyTree:
     return jax.tree.unflatten(structure, list(jax.random.split(key, len(leaves))))
 
 
-def select_paths(tree: PyTree, predicate: Callable[[str], bool]) -> PyTree:
+def select_paths(tree: PyTree, predicate: Callable[[str], bool], *, argument: str = "predicate") -> PyTree:
     """A tree with the structure of `tree` and, at each leaf, whether `predicate` holds for its path.
 
     A path is the leaf's keys joined by "/", as in ``"params/Dense_0/kernel"``.
 
     Raises:
-        ValueError: no path matches, which is nearly always a misspelt predicate.
+        ValueError: no path matches, which is nearly always a misspelt predicate; it is called `argument`.
     """
     selected = jax.tree_util.tree_map_with_path(
         lambda path, _: bool(predicate(jax.tree_util.keystr(path, simple=True, separator="/"))), tree
     )
     if not any(jax.tree.leaves(selected)):
         raise bad_argument(
-            "predicate", f"no match among {list(leaves_by_path(tree))}", "write one that holds for at least one path"
+            argument, f"no match among {list(leaves_by_path(tree))}", "write one that holds for at least one path"
         )
     return selected
 
@@ -59,13 +59,31 @@ def bank(tree: PyTree, tasks: int) -> PyTree:
 
 
 def pick(banked: PyTree, task: Array | int) -> PyTree:
-    """The entry of `task` (a traced int32 scalar is fine) in a bank whose leaves are [T, ...]; leaves [...]."""
+    """The entry of `task` (a traced int32 scalar is fine) in a bank whose leaves are [T, ...]; leaves [...].
+
+    Raises:
+        ValueError: a concrete task that the bank has no room for.
+    """
+    _check_task(banked, task)
     return jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, task, keepdims=False), banked)
 
 
 def commit(banked: PyTree, task: Array | int, tree: PyTree) -> PyTree:
-    """The bank (leaves [T, ...]) with the entry of `task` replaced by `tree` (leaves [...])."""
+    """The bank (leaves [T, ...]) with the entry of `task` replaced by `tree` (leaves [...]).
+
+    Raises:
+        ValueError: a concrete task that the bank has no room for.
+    """
+    _check_task(banked, task)
     return jax.tree.map(lambda leaf, new: jnp.asarray(leaf).at[task].set(new), banked, tree)
+
+
+def _check_task(banked: PyTree, task: Array | int) -> None:
+    """Raises ValueError for a task out of range, which JAX would take for another one, or leave out."""
+    for leaf in jax.tree.leaves(banked)[:1]:
+        if not isinstance(task, jax.core.Tracer) and not 0 <= int(task) < len(leaf):
+            fix = f"there is room for {len(leaf)}, from 0 on: make the method for more tasks"
+            raise bad_argument("task", int(task), fix)
 
 
 def first_not_finite(counts: PyTree) -> str | None:

@@ -53,13 +53,24 @@ def is_resident(inputs: ArrayLike | RandomAccess) -> bool:
     return isinstance(inputs, np.ndarray | jax.Array) and not isinstance(inputs, np.memmap)
 
 
-def bad_argument(argument: str, value: object, fix: str) -> ValueError:
+class ArgumentError(ValueError):
+    """An argument is wrong: the message says all there is to say, without a traceback."""
+
+
+def bad_argument(argument: str, value: object, fix: str) -> ArgumentError:
     """The one form of jaxcl's errors: which argument, the value it had, what would be right."""
-    return ValueError(f"{argument}: got {value}; {fix}")
+    return ArgumentError(f"{argument}: got {value}; {fix}")
+
+
+def check_array(argument: str, array: object) -> None:
+    """Raises ValueError for lists, tuples and all else without a shape."""
+    if not hasattr(array, "shape"):
+        raise bad_argument(argument, f"type {type(array).__name__}", "pass an array")
 
 
 def check_rank(argument: str, array: ArrayLike | RandomAccess, *ranks: int) -> None:
-    """Raises ValueError unless `array` has one of the `ranks` (its number of axes)."""
+    """Raises ValueError unless `array` is one, and has one of the `ranks` (its number of axes)."""
+    check_array(argument, array)
     if len(array.shape) not in ranks:
         wanted = " or ".join(str(rank) for rank in ranks)
         raise bad_argument(argument, f"shape {tuple(array.shape)}", f"pass an array with {wanted} axes")
@@ -71,6 +82,13 @@ def check_width(argument: str, array: ArrayLike, width: int, owner: str) -> None
         raise bad_argument(
             argument, f"shape {tuple(array.shape)}", f"its last axis must be {width}, the width of {owner}"
         )
+
+
+def check_count(argument: str, value: object, minimum: int) -> None:
+    """Raises ValueError unless `value` is an integer, `minimum` or more."""
+    if not isinstance(value, int | np.integer):
+        raise bad_argument(argument, repr(value), f"pass an integer, {minimum} or more")
+    check_at_least(argument, int(value), minimum)
 
 
 def check_at_least(argument: str, value: float, minimum: float) -> None:

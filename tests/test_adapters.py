@@ -443,6 +443,12 @@ def test_what_tasks_cost():
         (lambda: adapters.lora(lambda path: "query" in path, 1).init(jax.random.key(0), PARAMS), "no match among"),
         (lambda: adapters.lora(lambda path: "bias" in path, 1).init(jax.random.key(0), PARAMS), "covers: got leaves"),
         (lambda: adapters.merge(PARAMS, {"params/x": None}, "parallel"), "changes: got sites"),
+        (lambda: adapters.merge(PARAMS, {}, "beside"), "placement: got 'beside'"),
+        (lambda: adapters.layer_function({}, "beside"), "placement: got 'beside'"),
+        (
+            lambda: adapters.merge(PARAMS, {FIRST: adapters.Change(None, *[jnp.ones((4, 4))] * 2)}, "parallel"),
+            r"of shape \(4, 4\), parallel to a kernel of \(4, 6\); pass those that were made",
+        ),
         (
             lambda: adapters.merge(
                 {"v": jnp.ones((2, 2))}, {"v": adapters.Change(None, *[jnp.ones((2, 2))] * 2)}, "sequential"
@@ -454,6 +460,14 @@ def test_what_tasks_cost():
 def test_bad_arguments_are_named(make, match):
     with pytest.raises(ValueError, match=match):
         make()
+
+
+def test_an_adapter_too_many_is_refused():
+    method = adapters.incremental_lora(hidden, 1, tasks=1)
+    adapter, state = method.init(jax.random.key(0), PARAMS)
+    adapter, state = method.commit(jax.random.key(1), adapter, state)
+    with pytest.raises(ValueError, match="task: got 1; there is room for 1, from 0 on"):
+        method.commit(jax.random.key(2), adapter, state)
 
 
 def test_every_leaf_is_a_site_of_its_own():

@@ -186,3 +186,9 @@ def test_only_blocks_that_are_not_coded_are_sampled():
 def test_a_budget_must_be_there():
     with pytest.raises(ValueError, match="kl: got 0"):
         coding.mean_kl_posterior(LAYOUT, 0)
+
+
+@pytest.mark.parametrize("name", POSTERIORS)
+def test_parameters_of_another_network_are_refused(name):
+    with pytest.raises(ValueError, match=r"params: got leaves .*\(6, 17\).*; pass those of the layout"):
+        POSTERIORS[name].init(jax.random.key(0), nets.MLP((17,), 3).init(jax.random.key(1), INPUTS[:1]))

@@ -693,6 +693,15 @@ def empty_at(field, task):
             {"streams": [make_stream()._replace(test_sets=())]},
             "stream.test_sets: got no task; pass a stream of one task or more",
         ),
+        (
+            {"strategy": linear_probe},
+            "strategy: got type function; call what makes one, as naive(network.apply)",
+        ),
+        ({"tx": "adam"}, "tx: got type str; pass an optimizer, as optax.adam(1e-3)"),
+        ({"streams": [TRAIN]}, "stream: got type Examples; make one by continual.streams, as class_incremental"),
+        ({"checkpoint": "folder"}, "checkpoint: got type str; pass continual.Checkpoint(folder)"),
+        ({"keys": jnp.arange(1)}, "key: got dtype int32; pass jax.random.key(0), or another number's"),
+        ({"params": [probe(classes=5)]}, "logits: got shape (4, 5); the network must have 6 outputs, one a class"),
     ],
 )
 def test_bad_arguments_are_named(changes, message):

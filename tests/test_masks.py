@@ -338,7 +338,7 @@ def begin(covers=covers, tasks=2, params=None):
     ("make", "message"),
     [
         (lambda: begin(tasks=0), "tasks: got 0"),
-        (lambda: begin(lambda path: False), "predicate: got no match"),
+        (lambda: begin(lambda path: False), "covers: got no match"),
         (lambda: begin(params={"hidden/kernel": jnp.ones(3, int)}), "covers: got hidden/kernel of int32; only"),
         (lambda: masks.ib_masks(covers, 2, scale_bits=9), "scale_bits: got 9"),
         (lambda: masks.ib_masks(covers, 2, scale_rule="stored"), "scale_rule: got 'stored'"),

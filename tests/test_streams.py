@@ -405,6 +405,7 @@ BAD_TRAIN = [
     (lambda x, y: (x[:0], y[:0]), r"^train: got 0 inputs and 0 labels; "),
     (lambda x, y: (x, y[:, None]), r"^train\.labels: got shape \(31, 1\); pass an array with 1 axes$"),
     (lambda x, y: (x, y.astype(np.float32)), r"^train\.labels: got dtype float32; pass integer class numbers$"),
+    (lambda x, y: (x, y.tolist()), r"^train\.labels: got type list; pass an array$"),
 ]
 BAD_TEST = [
     (with_nan, r"^test\.inputs: got 1 values that are NaN or infinite, the first at \(2, 1, 0, 2\); remove or repair"),
@@ -423,6 +424,15 @@ def test_bad_examples_are_named(make, part, change, message):
     data[part] = spoilt(data[part], change)
     with pytest.raises(ValueError, match=message):
         make(*data)
+
+
+@pytest.mark.parametrize("make", BY_CLASS)
+def test_what_are_no_examples_is_refused(make):
+    train, test = train_and_test()
+    with pytest.raises(ValueError, match=r"^train: got type tuple; pass continual\.Examples\(inputs, labels\)$"):
+        make(None, tuple(train), test, classes_per_task=2)
+    with pytest.raises(ValueError, match=r"^test\.inputs: got type list; pass an array$"):
+        make(None, train, test._replace(inputs=test.inputs.tolist()), classes_per_task=2)
 
 
 @pytest.mark.parametrize("make", BY_CLASS)

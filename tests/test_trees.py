@@ -91,6 +91,15 @@ def test_select_paths_without_match_lists_the_paths():
     )
 
 
+@pytest.mark.parametrize("task", [-1, 3, np.int32(3), jnp.int32(3)])
+def test_a_task_that_a_bank_has_no_room_for_is_refused(task):
+    """JAX would take the last one's entry, and leave the new one out."""
+    banked = trees.bank(mixed_tree(), 3)
+    for use in (lambda: trees.pick(banked, task), lambda: trees.commit(banked, task, mixed_tree())):
+        with pytest.raises(ValueError, match=f"^task: got {int(task)}; there is room for 3, from 0 on"):
+            use()
+
+
 # Task banks
 
 

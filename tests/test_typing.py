@@ -11,7 +11,7 @@ from jaxcl import typing as checks
 def test_bad_argument_is_argument_value_and_fix_in_that_order():
     """The form is the one its docstring promises; the numbers are free."""
     error = checks.bad_argument("width", 0, "pass 1 or more")
-    assert isinstance(error, ValueError)
+    assert isinstance(error, checks.ArgumentError) and isinstance(error, ValueError)
     assert str(error) == "width: got 0; pass 1 or more"
 
 
@@ -45,6 +45,31 @@ def test_shape_checks_work_on_traced_arrays(check):
     assert traced(jnp.arange(2.0)).shape == (2,)
     with pytest.raises(ValueError, match=r"^x: got shape"):
         traced(jnp.zeros((2, 3)))
+
+
+def test_check_array_refuses_what_has_no_shape():
+    checks.check_array("x", np.zeros(2))
+    checks.check_array("x", jnp.zeros(()))
+    with pytest.raises(ValueError, match=r"^x: got type list; pass an array$"):
+        checks.check_array("x", [1.0, 2.0])
+
+
+@pytest.mark.parametrize("value", [2, 7, np.int32(2)])
+def test_check_count_passes_integers(value):
+    checks.check_count("tasks", value, 2)
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (1, "tasks: got 1; pass 2 or more"), (2.0, "tasks: got 2.0; pass an integer, 2 or more"),
+        ("64", "tasks: got '64'; pass an integer, 2 or more"), (None, "tasks: got None; pass an integer, 2 or more"),
+    ],
+)  # fmt: skip
+def test_check_count_refuses_what_is_no_integer(value, message):
+    with pytest.raises(ValueError) as caught:
+        checks.check_count("tasks", value, 2)
+    assert str(caught.value) == message
 
 
 @pytest.mark.parametrize("value", [1, 1.0, 7, np.int64(1), float("inf")])

@@ -67,7 +67,10 @@ def main(benchmark: str, cases: Mapping[str, Case], argv: Sequence[str] | None =
 
 
 def _alternate(case: Case, repeats: int) -> tuple[float, float]:
-    ours, peer = case.ours(), case.peer()
+    try:
+        ours, peer = case.ours(), case.peer()
+    except ImportError as error:
+        sys.exit(f'error: {error}; benchmarks need pip install -e ".[peers,text]"')
     ours(), peer()  # compilation, caches
     seconds: tuple[list[float], list[float]] = ([], [])
     for _ in range(repeats):

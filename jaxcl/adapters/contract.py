@@ -1,14 +1,14 @@
 """What an adapter method is: low-rank maps beside or after the layers of a frozen network, a new one with each task."""
 
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxcl.trees import leaves_by_path, replace_leaves, select_paths
-from jaxcl.typing import Array, Key, PyTree, bad_argument
+from jaxcl.typing import Array, Key, PyTree, bad_argument, check_choice
 
 Placement = Literal["parallel", "sequential"]
 LayerFunction = Callable[[str, Array, Array], Array]
@@ -81,7 +81,8 @@ def sites_of(params: PyTree, covers: Callable[[str], bool], placement: Placement
         ValueError: no path matches, or one that does is not of rank 2.
     """
     shapes = leaves_by_path(params)
-    covered = [path for path, chosen in leaves_by_path(select_paths(params, covers)).items() if chosen]
+    chosen = leaves_by_path(select_paths(params, covers, argument="covers"))
+    covered = [path for path in chosen if chosen[path]]
     if wrong := {path: shapes[path].shape for path in covered if len(shapes[path].shape) != 2}:
         raise bad_argument("covers", f"leaves of shapes {wrong}", "choose kernels [inputs, outputs], as of nn.Dense")
     return {
@@ -100,7 +101,12 @@ def added(change: Change, x: Array) -> Array:
 
 
 def layer_function(changes: Mapping[str, Change], placement: Placement) -> LayerFunction:
-    """The function that a network passes its layers' inputs and outputs through to have changes in them."""
+    """The function that a network passes its layers' inputs and outputs through to have changes in them.
+
+    Raises:
+        ValueError: another placement.
+    """
+    check_choice("placement", placement, get_args(Placement))
 
     def function(path: str, inputs: Array, outputs: Array) -> Array:
         if path not in changes:
@@ -117,13 +123,19 @@ def merge(params: PyTree, changes: Mapping[str, Change], placement: Placement) -
     change biases too, which lie beside their kernels: "bias" where the site is "kernel", "b" where it is "w".
 
     Raises:
-        ValueError: a site that the parameters have not, or whose bias cannot be told.
+        ValueError: another placement; a site that the parameters have not, of another shape, or whose bias cannot be
+            told.
     """
+    check_choice("placement", placement, get_args(Placement))
     leaves, merged = leaves_by_path(params), {}
     if unknown := changes.keys() - leaves.keys():
         raise bad_argument("changes", f"sites {sorted(unknown)}", f"choose from {sorted(leaves)}")
     for path, change in changes.items():
         both = product(change.down, change.up) + (0 if change.past is None else change.past)
+        kernel = leaves[path].shape
+        if both.shape != (kernel if placement == "parallel" else 2 * kernel[-1:]):
+            given = f"{path} of shape {both.shape}, {placement} to a kernel of {kernel}"
+            raise bad_argument("changes", given, "pass those that were made for these parameters")
         if placement == "parallel":
             merged[path] = leaves[path] + both.astype(leaves[path].dtype)
             continue

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from jaxcl.adapters.bank import AdapterState, begin_state, commit_factors
 from jaxcl.adapters.contract import Adapter, Change, Factors, Placement, Site, no_metrics, product, same_state, sites_of
-from jaxcl.typing import Array, Key, PyTree, check_at_least, check_choice
+from jaxcl.typing import Array, Key, PyTree, check_at_least, check_choice, check_count
 
 
 class LowRank(NamedTuple):
@@ -41,7 +41,7 @@ def lora(
     Raises:
         ValueError: a rank below 1, or another placement.
     """
-    check_at_least("rank", rank, 1)
+    check_count("rank", rank, 1)
     check_choice("placement", placement, ("parallel", "sequential"))
     scale = 1.0 if alpha is None else alpha / rank
 
@@ -124,8 +124,8 @@ def _one_a_task(
     placement: Placement,
     penalty: Callable[[PyTree, PyTree], tuple[Array, dict[str, Any]]],
 ) -> Adapter:
-    check_at_least("rank", rank, 1)
-    check_at_least("tasks", tasks, 1)
+    check_count("rank", rank, 1)
+    check_count("tasks", tasks, 1)
     check_choice("placement", placement, ("parallel", "sequential"))
     scale = 1.0 if alpha is None else alpha / rank
 

@@ -15,7 +15,7 @@ from jaxcl.adapters.bank import AdapterState, begin_state, commit_factors
 from jaxcl.adapters.contract import Adapter, Change, Factors, Site, product, same_state, sites_of
 from jaxcl.adapters.log import Log, empty_log, log_switches, read_log
 from jaxcl.adapters.subspaces import Protected, kept_off, nothing_protected, overlap, protect
-from jaxcl.typing import Array, Key, PyTree, bad_argument, check_at_least, check_choice
+from jaxcl.typing import Array, Key, PyTree, bad_argument, check_at_least, check_choice, check_count
 
 OrthogonalTo = Literal["outputs", "down", "inputs"]
 
@@ -85,9 +85,10 @@ def oa_adapter(
     Raises:
         ValueError: an option out of range, or a drift_strength without inputs.
     """
+    for name, size in (("rank", rank), ("tasks", tasks), ("protected", protected), ("log_size", log_size)):
+        check_count(name, size, 1)
     for name, value, least in (
-        ("rank", rank, 1), ("tasks", tasks, 1), ("protected", protected, 1), ("threshold", threshold, 1e-6),
-        ("sparsity", sparsity, 0), ("log_size", log_size, 1), ("strength", strength or 0, 0),
+        ("threshold", threshold, 1e-6), ("sparsity", sparsity, 0), ("strength", strength or 0, 0),
         ("drift_strength", drift_strength, 0),
     ):  # fmt: skip
         check_at_least(name, value, least)

@@ -10,7 +10,7 @@ from jaxcl.bottleneck.layer import Bottleneck, KeyState
 from jaxcl.nearest import nearest_codes
 from jaxcl.quantize import initial_averages
 from jaxcl.quantize.contract import usable
-from jaxcl.typing import Array, Key, check_at_least
+from jaxcl.typing import Array, Key, check_count
 
 _RIDGE = 1e-4  # of the mean square: codes of which few are chosen may not span all directions
 
@@ -37,7 +37,7 @@ def fit_simvq_keys(
     Raises:
         ValueError: no iteration, or features of another width.
     """
-    check_at_least("iterations", iterations, 1)
+    check_count("iterations", iterations, 1)
     heads, valid = usable(bottleneck.heads(state, features), None)  # [C, N, W], zeros where not valid
     drawn = jax.random.normal(key, state.keys.codebook.shape)
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from jaxcl.bottleneck.layer import Bottleneck, KeyState
 from jaxcl.quantize import perplexity, replace_codes
-from jaxcl.typing import Array, ArrayLike, Key, PyTree, bad_argument, check_at_least, check_between
+from jaxcl.typing import Array, ArrayLike, Key, PyTree, bad_argument, check_between, check_count
 
 _LEVELS = 65  # of the quantiles that a distribution of distances is kept as
 _CHANCE = 1e-3  # that a check of a codebook finds a shift where there is none, at most
@@ -262,4 +262,4 @@ def _quantile(reference: Reference, level: float) -> Array:
 def _check(policy: KeyPolicy) -> None:
     check_between("policy.shift", policy.shift, 0, 1)
     check_between("policy.far", policy.far, 0, 1)
-    check_at_least("policy.most", policy.most, 1)
+    check_count("policy.most", policy.most, 1)

@@ -31,9 +31,9 @@ from jaxcl.typing import (
     Key,
     PyTree,
     bad_argument,
-    check_at_least,
     check_between,
     check_choice,
+    check_count,
     check_rank,
     check_width,
 )
@@ -251,7 +251,7 @@ def _check_sizes(
         ("feature_width", feature_width), ("value_width", value_width), ("codebooks", codebooks), ("pairs", pairs),
         ("key_width", key_width), ("top_k", top_k),
     ):  # fmt: skip
-        check_at_least(name, size, 1)
+        check_count(name, size, 1)
     check_between("pairs", pairs, 1, 2**16)
     check_between("spare", spare, 0, pairs - 1)
     check_between("top_k", top_k, 1, pairs - spare)
@@ -296,8 +296,8 @@ def fit_epoch(
     The rest of N / `batch_size` examples is left out of this pass. `batch_size` above N counts as N.
     """
     count = len(features)
-    check_at_least("batch_size", batch_size, 1)
-    check_at_least("features, their number", count, 1)
+    check_count("batch_size", batch_size, 1)
+    check_count("features, their number", count, 1)
     batch_size = min(batch_size, count)
     steps = count // batch_size
     order_key, step_key = jax.random.split(key)

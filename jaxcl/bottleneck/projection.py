@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxcl.bottleneck.layer import KeyState
-from jaxcl.typing import Array, Key, bad_argument, check_at_least, check_between, check_rank, check_width
+from jaxcl.typing import Array, Key, bad_argument, check_between, check_count, check_rank, check_width
 
 
 def learn_projection(key: Key, state: KeyState, features: Array, *, share: float = 0.99) -> KeyState:
@@ -29,7 +29,7 @@ def learn_projection(key: Key, state: KeyState, features: Array, *, share: float
         raise bad_argument("state", "one of a bottleneck that cuts features into chunks", 'make it with "random"')
     check_between("share", share, 1e-12, 1)
     check_rank("features", features, 2)
-    check_at_least("features, their number", len(features), 2)
+    check_count("features, their number", len(features), 2)
     check_width("features", features, state.projection.shape[1], "the bottleneck")
     centred = jnp.asarray(features, jnp.float32)
     centred -= centred.mean(axis=0)

@@ -44,7 +44,7 @@ def describe(message: Message, size: int) -> str:
     values = sum(leaf.values for leaf in layout.leaves)
     lines = [
         f"{size:,} bytes: {layout.weights:,} weights in {values:,} values, {layout.blocks:,} blocks of {layout.width}",
-        f"a block: KL {message.kl:.2f} bits; spent {spent:.2f}, of the whole file; 2^{message.bits} candidates",
+        f"bits a block: KL {message.kl:.2f}, spent {spent:.2f} with header and scales; 2^{message.bits} candidates",
         f"seed {layout.seed}",
         f"{'leaf':40}{'shape':>18}{'values':>10}{'scale':>12}{'bytes':>10}",
     ]

@@ -47,10 +47,8 @@ def decode_symbols(code: bytes, count: int, alphabet: int) -> tuple[np.ndarray, 
         at += 2 + length
         if at > len(code) or length > _LONGEST:
             raise ValueError(f"a run of {length} bytes in {len(code)}")
-        part, whole = (
-            int.from_bytes(code[at - length : at], "little"),
-            1 << 8 * length,
-        )  # part / whole points to the rest
+        # part / whole points to the rest.
+        part, whole = int.from_bytes(code[at - length : at], "little"), 1 << 8 * length
         for place in range(start, min(start + _RUN, count)):
             total = sum(counts)
             part, below, symbol = part * total, 0, 0

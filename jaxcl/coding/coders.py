@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from jaxcl import threefry
 from jaxcl.gaussian import Gaussian
-from jaxcl.typing import Array, ArrayLike, Key, bad_argument, check_between, check_rank
+from jaxcl.typing import Array, ArrayLike, Key, bad_argument, check_between, check_count, check_rank
 
 MOST_BITS = 30  # of an index
 _CHUNK = 1 << 18  # candidates of all blocks that are looked at together, about
@@ -106,6 +106,7 @@ def _poisson_arrivals(waits: Array, before: Array, _: Array, __: int) -> _Arriva
 
 def _coder(bits: int, process: _Process) -> Coder:
     check_between("bits", bits, 1, MOST_BITS)
+    check_count("bits", bits, 1)
 
     def encode(key: Key, seed: ArrayLike | int, blocks: ArrayLike, q: Gaussian, p: Gaussian) -> Encoded:
         check_rank("q.mean", q.mean, 2)

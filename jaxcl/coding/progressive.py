@@ -21,7 +21,8 @@ from jaxcl.coding.coders import Coder, Encoded
 from jaxcl.coding.layout import Layout, places, tree_of_values
 from jaxcl.coding.storage import Message, storable, values
 from jaxcl.gaussian import Gaussian
-from jaxcl.typing import Array, Key, PyTree, bad_argument, check_at_least
+from jaxcl.trees import leaves_by_path
+from jaxcl.typing import Array, Key, PyTree, bad_argument, check_at_least, check_count
 
 _SMALLEST_SCALE = 1e-2  # of a prior, in `init`: leaves of zeros, as biases are, have none of their own
 
@@ -55,7 +56,7 @@ def mean_kl_posterior(layout: Layout, kl: float) -> Posterior:
         prior = _prior(variables, leaf_of)
         return gaussian.mean_kl(variables.raw_mean, variables.raw_spread, kl * math.log(2), prior), prior
 
-    return Posterior(partial(_first_variables, leaf_of.shape, 0.0), gaussians)
+    return Posterior(partial(_first_variables, layout, 0.0), gaussians)
 
 
 def mean_var_posterior(layout: Layout, kl: float) -> Posterior:
@@ -72,7 +73,7 @@ def mean_var_posterior(layout: Layout, kl: float) -> Posterior:
         unit = gaussian.mean_var(variables.raw_mean, variables.raw_spread)
         return Gaussian(unit.mean * prior.scale, unit.scale * prior.scale), prior
 
-    return Posterior(partial(_first_variables, leaf_of.shape, -2.0), gaussians, kl)
+    return Posterior(partial(_first_variables, layout, -2.0), gaussians, kl)
 
 
 def _prior(variables: Variables, leaf_of: np.ndarray) -> Gaussian:
@@ -80,7 +81,11 @@ def _prior(variables: Variables, leaf_of: np.ndarray) -> Gaussian:
     return Gaussian(jnp.zeros_like(scale), scale)
 
 
-def _first_variables(shape: tuple[int, ...], spread: float, key: Key, params: PyTree) -> Variables:
+def _first_variables(layout: Layout, spread: float, key: Key, params: PyTree) -> Variables:
+    given = {path: jnp.shape(leaf) for path, leaf in leaves_by_path(params).items()}
+    if given != (wanted := {leaf.path: leaf.shape for leaf in layout.leaves}):
+        raise bad_argument("params", f"leaves {given}", f"pass those of the layout: {wanted}")
+    shape = layout.blocks, layout.width
     # In float32, as files have them, whatever the parameters are trained in.
     scales = jnp.stack([jnp.sqrt(jnp.mean(jnp.square(leaf.astype(jnp.float32)))) for leaf in jax.tree.leaves(params)])
     return Variables(
@@ -211,7 +216,7 @@ def encode_next(
         FloatingPointError: posteriors that are not finite.
     """
     start = int(progress.coded)
-    check_at_least("count", count, 1)
+    check_count("count", count, 1)
     if start == layout.blocks:
         raise bad_argument("progress", f"all {start} blocks coded", "save its message")
     end = min(start + count, layout.blocks)

@@ -30,7 +30,7 @@ from jaxcl.continual.sharding import DATA, Layout
 from jaxcl.continual.strategies import Strategy
 from jaxcl.continual.streams import Stream
 from jaxcl.trees import byte_count
-from jaxcl.typing import Key, PyTree, bad_argument, check_at_least
+from jaxcl.typing import Key, PyTree, bad_argument, check_count
 
 # Steps a call. On CPU a convolution inside a compiled loop is 8 to 16 times slower than outside (XLA runs it on one
 # thread, unvectorised), and a call costs only some tens of microseconds; on accelerators launching dominates.
@@ -146,17 +146,18 @@ def run_seeds(
         FloatingPointError: as in `run`.
         OSError: as in `run`.
     """
-    check_at_least("epochs", epochs, 1)
-    check_at_least("batch_size", batch_size, 1)
-    check_at_least("evaluation_batch_size", evaluation_batch_size, 1)
+    check_count("epochs", epochs, 1)
+    check_count("batch_size", batch_size, 1)
+    check_count("evaluation_batch_size", evaluation_batch_size, 1)
     if steps_per_call is None:
         steps_per_call = _STEPS_PER_CALL.get(jax.default_backend(), _STEPS_PER_CALL_ELSEWHERE)
-    check_at_least("steps_per_call", steps_per_call, 1)
+    check_count("steps_per_call", steps_per_call, 1)
     if not len(keys) == len(params) == len(streams):
         raise bad_argument(
             "keys, params, streams", f"{len(keys)}, {len(params)} and {len(streams)} of them", "pass one of each a seed"
         )
-    check_at_least("streams, their number", len(streams), 1)
+    check_count("streams, their number", len(streams), 1)
+    _check_kinds(keys, strategy, tx, streams, checkpoint)
     _check_streams(streams)
     if strategy.tasks is not None and len(streams[0].train_sets) > strategy.tasks:
         stages = len(streams[0].train_sets)
@@ -328,6 +329,20 @@ def _for_threads(
 
 def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _check_kinds(keys: Any, strategy: Any, tx: Any, streams: Sequence[Any], checkpoint: Any) -> None:
+    """Raises ValueError for what is easily taken for something else."""
+    if not jnp.issubdtype(keys.dtype, jax.dtypes.prng_key):
+        raise bad_argument("key", f"dtype {keys.dtype}", "pass jax.random.key(0), or another number's")
+    for name, value, kind, fix in (
+        ("strategy", strategy, Strategy, "call what makes one, as naive(network.apply)"),
+        ("tx", tx, optax.GradientTransformation, "pass an optimizer, as optax.adam(1e-3)"),
+        *(("stream", stream, Stream, "make one by continual.streams, as class_incremental") for stream in streams),
+        ("checkpoint", checkpoint, Checkpoint | None, "pass continual.Checkpoint(folder)"),
+    ):
+        if not isinstance(value, kind):
+            raise bad_argument(name, f"type {type(value).__name__}", fix)
 
 
 def _check_streams(streams: Sequence[Stream]) -> None:

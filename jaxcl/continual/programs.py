@@ -11,6 +11,7 @@ from jax import lax
 
 from jaxcl.continual.sharding import Layout
 from jaxcl.continual.strategies import Batch, Metrics, Strategy, does_nothing
+from jaxcl.continual.strategies.contract import check_outputs
 from jaxcl.continual.streams import Augment, Pipeline
 from jaxcl.trees import apply_updates
 from jaxcl.typing import Array, ArrayLike, Key, PyTree
@@ -197,6 +198,7 @@ def compile_programs(
             batch = gather(tables, source, position, task)
             told = task if pipeline.task_known else None
             logits = strategy.predict(state.params, state.strategy_state, batch.inputs, told)
+            check_outputs(logits, tables.eligible.shape[1])
             answers = jnp.argmax(jnp.where(tables.eligible[task], logits, -jnp.inf), axis=-1)
             return right.at[task].add(jnp.sum((answers == batch.labels) & (batch.weights > 0), dtype=jnp.int32))
 

@@ -20,8 +20,9 @@ from jaxcl.typing import (
     PyTree,
     RandomAccess,
     bad_argument,
-    check_at_least,
+    check_array,
     check_between,
+    check_count,
     check_finite,
     check_labels,
     check_rank,
@@ -128,7 +129,7 @@ def blurry(key: Key, train: Examples, test: Examples, *, classes_per_task: int |
     order_key, deal_key = jax.random.split(key)
     stream = class_incremental(order_key, train, test, classes_per_task=classes_per_task)
     tasks = len(stream.train_sets)
-    check_at_least("tasks", tasks, 2)
+    check_count("tasks", tasks, 2)
     rng = np.random.default_rng(np.asarray(jax.random.key_data(deal_key)))
     parts: list[list[np.ndarray]] = [[] for _ in range(tasks)]
     for own, selection in enumerate(stream.train_sets):
@@ -152,7 +153,7 @@ def permuted(key: Key, train: Examples, test: Examples, *, tasks: int) -> Stream
 
     Arguments and errors as in `class_incremental`; `tasks` is T.
     """
-    check_at_least("tasks", tasks, 1)
+    check_count("tasks", tasks, 1)
     width = int(np.prod(train.inputs.shape[1:]))
     orders = jax.vmap(lambda key: jax.random.permutation(key, width))(jax.random.split(key, tasks))
     return _by_domain(train, test, tasks, permute, orders.at[0].set(jnp.arange(width)))
@@ -164,7 +165,7 @@ def rotated(train: Examples, test: Examples, *, degrees: Sequence[float]) -> Str
     Values between pixels are interpolated linearly; what comes from outside the image is 0. Images are [N, H, W] or
     [N, H, W, channels]. Other arguments and errors as in `class_incremental`.
     """
-    check_at_least("degrees, their number", len(degrees), 1)
+    check_count("degrees, their number", len(degrees), 1)
     check_finite("degrees", np.asarray(degrees, np.float64))
     check_rank("train.inputs", train.inputs, 3, 4)
     tables = [rotation(angle, *train.inputs.shape[1:3]) for angle in degrees]
@@ -182,7 +183,7 @@ def data_sets(tasks: Sequence[tuple[Examples, Examples]], *, classes: int) -> St
     Raises:
         ValueError: as `class_incremental`; no tasks.
     """
-    check_at_least("tasks, their number", len(tasks), 1)
+    check_count("tasks, their number", len(tasks), 1)
 
     def together(parts: Sequence[Examples]) -> tuple[Examples, tuple[Selection, ...]]:
         whole = Examples(
@@ -259,7 +260,7 @@ def map_inputs(stream: Stream, function: Callable[[Array], ArrayLike], *, batch_
     """
     if stream.augment:
         raise bad_argument("stream", "one with `augment`", "map a stream without, since its inputs are seen only once")
-    check_at_least("batch_size", batch_size, 1)
+    check_count("batch_size", batch_size, 1)
     tasks = range(1 if stream.view is as_they_are else len(stream.eligible))
 
     def apply(examples: Examples) -> Examples:
@@ -297,6 +298,10 @@ def check_examples(argument: str, examples: Examples, classes: int) -> None:
 
     Inputs in memory must be finite.
     """
+    if not isinstance(examples, Examples):
+        raise bad_argument(argument, f"type {type(examples).__name__}", "pass continual.Examples(inputs, labels)")
+    for name, part in examples._asdict().items():
+        check_array(f"{argument}.{name}", part)
     counts = f"{len(examples.inputs)} inputs and {len(examples.labels)} labels"
     if not len(examples.labels):
         raise bad_argument(argument, counts, "pass one example or more")
@@ -309,7 +314,7 @@ def check_examples(argument: str, examples: Examples, classes: int) -> None:
 
 def _check_split(train: Examples, test: Examples) -> int:
     """The number of classes, after all checks of the examples."""
-    labels = np.asarray(train.labels)
+    labels = np.asarray(train.labels if isinstance(train, Examples) else ())  # of another kind it is refused below
     classes = int(labels.max()) + 1 if labels.size and np.issubdtype(labels.dtype, np.integer) else 0
     check_examples("train", train, classes)
     check_examples("test", test, classes)
@@ -357,11 +362,11 @@ def _by_class(
 
 def _task_sizes(classes_per_task: int | Sequence[int], classes: int) -> list[int]:
     if isinstance(classes_per_task, int | np.integer):
-        check_at_least("classes_per_task", classes_per_task, 1)
+        check_count("classes_per_task", classes_per_task, 1)
         sizes = [int(classes_per_task)] * (classes // int(classes_per_task))
     else:
         sizes = list(classes_per_task)
-        check_at_least("classes_per_task", min(sizes, default=0), 1)
+        check_count("classes_per_task", min(sizes, default=0), 1)
     if sum(sizes) != classes:
         raise bad_argument("classes_per_task", classes_per_task, f"the tasks must use up all {classes} classes")
     return sizes

@@ -6,7 +6,7 @@ They work under jit and vmap, and on batches sharded over devices, between which
 import jax
 import jax.numpy as jnp
 
-from jaxcl.typing import Array, Key, bad_argument, check_at_least
+from jaxcl.typing import Array, Key, bad_argument, check_count
 
 
 def random_crop(key: Key, images: Array, *, padding: int) -> Array:
@@ -26,7 +26,7 @@ def random_crop(key: Key, images: Array, *, padding: int) -> Array:
         ValueError: fewer than three axes, or a negative padding.
     """
     _check_images(images)
-    check_at_least("padding", padding, 0)
+    check_count("padding", padding, 0)
     rest = (0,) * (images.ndim - 3)
     around = (padding, padding)
     padded = jnp.pad(images, [(0, 0), around, around, *zip(rest, rest, strict=True)])

@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxcl.files import write_atomic
 from jaxcl.nets.encoders import FrozenEncoder
-from jaxcl.typing import ArrayLike, RandomAccess, bad_argument, check_at_least
+from jaxcl.typing import ArrayLike, RandomAccess, bad_argument, check_count
 
 _HASHED_AT_ONCE = 1024  # inputs
 _RECORDED_EVERY = 2.0  # seconds
@@ -46,9 +46,9 @@ def compute_features(
         ValueError: no inputs, a batch size below 1, or a file in `folder` that is damaged.
         OSError: `folder` cannot be written.
     """
-    check_at_least("inputs, their number", len(inputs), 1)
+    check_count("inputs, their number", len(inputs), 1)
     batch_size = encoder.batch_size if batch_size is None else batch_size
-    check_at_least("batch_size", batch_size, 1)
+    check_count("batch_size", batch_size, 1)
     path = Path(folder) / f"{_content_key(encoder, inputs, batch_size)}.npy"
     if not path.exists():
         _fill(path, encoder, inputs, batch_size, callback)

@@ -11,7 +11,7 @@ import numpy as np
 from jaxcl.continual.streams import Examples
 from jaxcl.data.lazy import Lazy
 from jaxcl.data.sources import Split
-from jaxcl.typing import bad_argument, check_at_least, check_choice
+from jaxcl.typing import bad_argument, check_choice, check_count
 
 if TYPE_CHECKING:
     from PIL.Image import Image as PillowImage
@@ -41,7 +41,7 @@ def image_folder(path: str | Path, *, size: tuple[int, int]) -> Split:
     _check_pillow()
     if len(size) != 2:
         raise bad_argument("size", size, "pass (height, width)")
-    check_at_least("size", min(size), 1)
+    check_count("size", min(size), 1)
     classes = _names(Path(path) / "train")
     parts = [_part(Path(path) / part, classes, size) for part in ("train", "test")]
     return Split(*parts)

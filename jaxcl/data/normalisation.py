@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxcl.continual.streams import Examples
-from jaxcl.typing import Array, ArrayLike, bad_argument, check_at_least
+from jaxcl.typing import Array, ArrayLike, bad_argument, check_count
 
 PIECE = 64  # images read at a time
 
@@ -34,7 +34,7 @@ def channel_statistics(train: Examples, *, limit: int | None = None) -> Statisti
     shape = train.inputs.shape
     if len(shape) not in (3, 4) or not shape[0]:
         raise bad_argument("train.inputs", f"shape {shape}", "pass one image or more, [N, H, W] or [N, H, W, channels]")
-    check_at_least("limit", 1 if limit is None else limit, 1)
+    check_count("limit", 1 if limit is None else limit, 1)
     images = shape[0] if limit is None else min(limit, shape[0])
     rows = np.linspace(0, shape[0] - 1, images).astype(int)
     channels = shape[3] if len(shape) == 4 else 1

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from jaxcl.data.packs import Texts
-from jaxcl.typing import bad_argument, check_at_least
+from jaxcl.typing import bad_argument, check_at_least, check_count
 
 
 def text_task(folder: str | Path) -> tuple[Texts, Texts]:
@@ -58,7 +58,7 @@ def tokenize(
         ImportError: the tokenizers package is missing.
         ValueError: a length below 1, or below the special tokens' number; a file that is missing or damaged.
     """
-    check_at_least("length", length, 1)
+    check_count("length", length, 1)
     try:
         from tokenizers import Tokenizer  # noqa: PLC0415
     except ImportError as error:

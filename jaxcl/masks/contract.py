@@ -65,7 +65,7 @@ def begin_bank(params: PyTree, covers: Callable[[str], bool], tasks: int) -> Ban
         ValueError: no leaf has a mask, one that has one is not of floats, or too many tasks.
     """
     check_between("tasks", tasks, 1, FREE)
-    select_paths(params, covers)  # which tells of predicates that no path matches
+    select_paths(params, covers, argument="covers")  # which tells of predicates that no path matches
     leaves = {path: jnp.asarray(leaf) for path, leaf in leaves_by_path(params).items()}
     for path, leaf in leaves.items():
         if covers(path) and not jnp.issubdtype(leaf.dtype, jnp.floating):

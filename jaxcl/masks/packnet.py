@@ -13,7 +13,7 @@ from jaxcl.masks.contract import Bank, Masked, MaskMethod, Named, begin_bank, ho
 from jaxcl.masks.ranks import kth_smallest
 from jaxcl.masks.winning_subnetwork import masked_weights
 from jaxcl.trees import leaves_by_path, replace_leaves
-from jaxcl.typing import Array, Key, PyTree, bad_argument, check_at_least, check_between
+from jaxcl.typing import Array, Key, PyTree, bad_argument, check_between, check_count
 
 
 class PackNetState(NamedTuple):
@@ -45,7 +45,7 @@ def packnet(
         raise bad_argument("share", f"{len(shares)} of them", f"pass one, or one for each of {tasks} tasks")
     for part in shares:
         check_between("share", part, 1e-9, 1)
-    check_at_least("prune_after", prune_after, 1)
+    check_count("prune_after", prune_after, 1)
 
     def init(key: Key, params: PyTree) -> tuple[Masked, PackNetState]:
         bank = begin_bank(params, covers, tasks)

@@ -4,7 +4,7 @@ import math
 
 import flax.linen as nn
 
-from jaxcl.typing import Array, check_at_least, check_rank
+from jaxcl.typing import Array, check_count, check_rank
 
 _CHANNELS = 16  # of a group: Wu & He 2018, table 3
 _INITIAL = nn.initializers.normal(0.02)
@@ -33,7 +33,7 @@ class PatchDiscriminator(nn.Module):
     def __call__(self, inputs: Array) -> Array:
         """Logits [B, h, w] of inputs [B, H, W, C]: the higher the more real."""
         check_rank("inputs", inputs, 4)
-        check_at_least("layers", self.layers, 1)
+        check_count("layers", self.layers, 1)
         x = nn.leaky_relu(_convolved(inputs, self.width, stride=2), 0.2)
         for number in range(1, self.layers + 1):
             channels = self.width * min(2**number, 8)

@@ -10,7 +10,7 @@ import numpy as np
 from jax import lax
 
 from jaxcl.nets.weights import Source, check_images, data_file, folded, load_by_name, read_safetensors
-from jaxcl.typing import Array, ArrayLike, PyTree, bad_argument, check_at_least, check_rank, check_width
+from jaxcl.typing import Array, ArrayLike, PyTree, bad_argument, check_count, check_rank, check_width
 
 # Expansion, channels, blocks, size and stride (of the first block): Tan & Le 2019, table 1.
 _STAGES = (
@@ -83,7 +83,7 @@ def efficientnet_lite0_preprocess(images: ArrayLike, *, size: int | None = 224) 
         raise bad_argument("images", f"dtype {images.dtype}", "pass uint8, 0 to 255")
     x = jnp.asarray(images, jnp.float32)
     if size is not None:
-        check_at_least("size", size, 1)
+        check_count("size", size, 1)
         for shape in ((*x.shape[:2], size, 3), (x.shape[0], size, size, 3)):
             x = jnp.floor(jax.image.resize(x, shape, "bilinear") + 0.5)
     return (x - 127) / 128

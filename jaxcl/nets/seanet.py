@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxcl.typing import Array, bad_argument, check_at_least, check_rank
+from jaxcl.typing import Array, bad_argument, check_count, check_rank
 
 _OUTER = 7  # inputs that the first and the last convolution see at a time
 _INNER = 3  # the same of the dilated ones
@@ -39,7 +39,7 @@ class SEANetEncoder(nn.Module):
             ValueError: audio of another rank or of a length that the hop does not divide; sizes below 1.
         """
         _check(self.channels, self.strides, self.dilations)
-        check_at_least("width", self.width, 1)
+        check_count("width", self.width, 1)
         check_rank("audio", audio, 2)
         hop = math.prod(self.strides)
         if not audio.shape[1] or audio.shape[1] % hop:
@@ -130,6 +130,6 @@ def _residual_units(x: Array, dilations: Sequence[int]) -> Array:
 
 
 def _check(channels: int, strides: Sequence[int], dilations: Sequence[int]) -> None:
-    check_at_least("channels", channels, 2)
+    check_count("channels", channels, 2)
     for name, numbers in (("strides", strides), ("dilations", dilations)):
-        check_at_least(name, min(numbers, default=1), 1)
+        check_count(name, min(numbers, default=1), 1)

@@ -17,7 +17,7 @@ from jaxcl.nets.attention import dot_product_attention
 from jaxcl.nets.generation import KeysValues
 from jaxcl.nets.weights import is_copy, load_by_name, read_checkpoint, read_config, save_safetensors, sources_of
 from jaxcl.trees import leaves_by_path
-from jaxcl.typing import Array, PyTree, bad_argument, check_at_least, check_choice, check_rank
+from jaxcl.typing import Array, PyTree, bad_argument, check_choice, check_count, check_rank
 
 _ACTIVATIONS: dict[str, Callable[[Array], Array]] = {"relu": nn.relu, "gelu_new": nn.gelu}
 # {config.json's name of the layers at each token: activation, and whether they are gated}
@@ -87,8 +87,8 @@ class T5(nn.Module):
     def setup(self) -> None:
         """Submodules; raises ValueError for an activation unknown, or distances that do not fill their buckets."""
         check_choice("activation", self.activation, _ACTIVATIONS)
-        check_at_least("buckets", self.buckets, 4)
-        check_at_least("farthest", self.farthest, self.buckets)
+        check_count("buckets", self.buckets, 4)
+        check_count("farthest", self.farthest, self.buckets)
         layer = partial(
             _Layer, self.heads, self.head_width, self.hidden, self.epsilon, self.activation, self.gated, self.dtype
         )

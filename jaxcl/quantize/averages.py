@@ -21,7 +21,7 @@ from jaxcl.quantize.contract import (
     usable,
 )
 from jaxcl.quantize.statistics import usage
-from jaxcl.typing import Array, Key, check_at_least, check_between, check_width
+from jaxcl.typing import Array, Key, check_at_least, check_between, check_count, check_width
 
 
 class EMAState(NamedTuple):
@@ -250,7 +250,7 @@ def place_codes(
         axis_name: mapped axis over which the vectors are split.
         codebook_axis: mapped axis over which the codes are split.
     """
-    check_at_least("iterations", iterations, 0)
+    check_count("iterations", iterations, 0)
     check_width("x", x, codebook.shape[1], "the codebook")
     x, valid = usable(lax.stop_gradient(x.reshape(-1, x.shape[-1])).astype(jnp.float32), None)
     x = scaled(x, metric)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxcl.quantize.contract import Quantized, Quantizer, usable
-from jaxcl.typing import Array, Key, PyTree, bad_argument, check_at_least, check_width
+from jaxcl.typing import Array, Key, PyTree, bad_argument, check_count, check_width
 
 
 def residual(quantizer: Quantizer, depth: int) -> Quantizer:
@@ -26,7 +26,7 @@ def residual(quantizer: Quantizer, depth: int) -> Quantizer:
     Raises:
         ValueError: a depth below 1; in use, what the single one raises, and indices whose last axis is not `depth`.
     """
-    check_at_least("depth", depth, 1)
+    check_count("depth", depth, 1)
 
     def quantize(params: PyTree, state: PyTree, x: Array, mask: Array | None = None) -> Quantized:
         def step(left: Array, own: tuple[PyTree, PyTree]) -> tuple[Array, Quantized]:
@@ -78,7 +78,7 @@ def grouped(quantizer: Quantizer, groups: int) -> Quantizer:
         ValueError: fewer than 1 group; in use, what the single one raises, vectors that do not divide into G parts, and
             indices whose last axis is not G.
     """
-    check_at_least("groups", groups, 1)
+    check_count("groups", groups, 1)
 
     def cut(x: Array) -> Array:
         """[G, ..., D] from [..., G D]."""
@@ -143,8 +143,8 @@ def projected(quantizer: Quantizer, width: int, code_width: int) -> Quantizer:
     Raises:
         ValueError: a width below 1; in use, vectors whose width is not D, and what the single one raises.
     """
-    check_at_least("width", width, 1)
-    check_at_least("code_width", code_width, 1)
+    check_count("width", width, 1)
+    check_count("code_width", code_width, 1)
 
     def layer(key: Key, inputs: int, outputs: int) -> dict[str, Array]:
         shapes = {"kernel": (inputs, outputs), "bias": (outputs,)}

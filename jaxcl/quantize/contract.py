@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxcl.nearest import Metric, nearest_codes, normalise, squared_distances
-from jaxcl.typing import Array, Key, PyTree, bad_argument, check_at_least, check_choice
+from jaxcl.typing import Array, Key, PyTree, bad_argument, check_choice, check_count
 
 Gradient = Literal["straight_through", "rotation"]
 NO_CODE = -1  # the index where nothing is quantized
@@ -66,11 +66,11 @@ class Quantizer(NamedTuple):
 
 def check_options(codebook_size: int, width: int, metric: Metric, gradient: Gradient, block_size: int | None) -> None:
     """Raises ValueError for what no quantizer with a codebook takes."""
-    check_at_least("codebook_size", codebook_size, 1)
-    check_at_least("width", width, 1)
+    check_count("codebook_size", codebook_size, 1)
+    check_count("width", width, 1)
     check_choice("metric", metric, ("euclidean", "cosine"))
     if block_size is not None:
-        check_at_least("block_size", block_size, 1)
+        check_count("block_size", block_size, 1)
     check_choice("gradient", gradient, ("straight_through", "rotation"))
 
 

@@ -21,7 +21,7 @@ from jaxcl.quantize.contract import (
     scaled,
     take_codes,
 )
-from jaxcl.typing import Array, Key, PyTree, check_at_least, check_choice
+from jaxcl.typing import Array, Key, PyTree, check_choice, check_count
 
 Basis = Literal["uniform", "orthogonal", "identity"]
 _BASES: dict[Basis, Callable[[Key, tuple[int, int]], Array]] = {
@@ -130,7 +130,7 @@ def simvq(
     check_choice("initial", initial, _BASES)
     widths = [width if code_width is None else code_width, *([] if hidden is None else [hidden]), width]
     for name, size in (("code_width", widths[0]), ("hidden", widths[-2])):
-        check_at_least(name, size, 1)
+        check_count(name, size, 1)
 
     def init(key: Key) -> tuple[PyTree, PyTree]:
         codebook_key, *layer_keys = jax.random.split(key, len(widths))

@@ -10,7 +10,7 @@ from jax import lax
 
 from jaxcl.nearest import squared_distances
 from jaxcl.quantize.contract import Quantized, Quantizer, no_place, no_update, usable, where_valid
-from jaxcl.typing import Array, Key, bad_argument, check_at_least, check_between, check_width
+from jaxcl.typing import Array, Key, bad_argument, check_at_least, check_between, check_count, check_width
 
 _BLOCK = 4096  # codes whose probabilities are held at a time
 
@@ -34,7 +34,7 @@ def fsq(levels: Sequence[int], *, epsilon: float = 1e-3) -> Quantizer:
     if not levels:
         raise bad_argument("levels", levels, "pass one number an entry")
     for number in levels:
-        check_at_least("levels", number, 2)
+        check_count("levels", number, 2)
     if math.prod(levels) >= 2**31:
         raise bad_argument("levels", f"{math.prod(levels)} codes", "indices are int32: pass fewer or smaller ones")
     check_at_least("epsilon", epsilon, 0)

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxcl.typing import Array, check_at_least
+from jaxcl.typing import Array, check_count
 
 
 def usage(indices: Array, codebook_size: int, *, axis_name: str | None = None) -> Array:
@@ -12,7 +12,7 @@ def usage(indices: Array, codebook_size: int, *, axis_name: str | None = None) -
 
     Indices outside [0, K), such as `NO_CODE`, are not counted.
     """
-    check_at_least("codebook_size", codebook_size, 1)
+    check_count("codebook_size", codebook_size, 1)
     flat = indices.reshape(-1).astype(jnp.int32)
     within = jnp.where(flat >= 0, flat, codebook_size)  # a negative index would count from the end
     counts = jnp.zeros(codebook_size, jnp.int32).at[within].add(1, mode="drop")

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxcl.typing import Array, ArrayLike, bad_argument, check_at_least, check_between, check_choice
+from jaxcl.typing import Array, ArrayLike, bad_argument, check_between, check_choice, check_count
 
 _FLOOR = 1e-5  # -100 dB of full scale
 _STOI_SAMPLES, _STOI_RATE = 4096, 10_000  # Taal et al. 2011: more than 31 frames of 256, each half over the next
@@ -89,7 +89,7 @@ def mel_filterbank(
         ValueError: an argument out of range, or so many bands that one of them has no bin.
     """
     _check_window(window)
-    check_at_least("bands", bands, 1)
+    check_count("bands", bands, 1)
     nyquist = sample_rate / 2
     high = nyquist if high is None else high
     if not 0 <= low < high <= nyquist:

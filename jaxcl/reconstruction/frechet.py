@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxcl.typing import ArrayLike, bad_argument, check_at_least, check_finite, check_rank
+from jaxcl.typing import ArrayLike, bad_argument, check_count, check_finite, check_rank
 
 
 class FeatureStatistics(NamedTuple):
@@ -24,7 +24,7 @@ def feature_statistics(features: ArrayLike) -> FeatureStatistics:
         ValueError: wrong rank, no example, or values that are NaN or infinite.
     """
     check_rank("features", features, 2)
-    check_at_least("features rows", features.shape[0], 1)
+    check_count("features rows", features.shape[0], 1)
     check_finite("features", features)
     values = np.asarray(features, np.float64)
     mean = values.mean(axis=0)
@@ -72,7 +72,7 @@ def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
     """
     _check_widths(a, b)
     for name, statistics in (("a.examples", a), ("b.examples", b)):
-        check_at_least(name, statistics.examples, 2)
+        check_count(name, statistics.examples, 2)
     first, second = _factor(a), _factor(b)
     of_root = np.linalg.svd(first.T @ second, compute_uv=False).sum()
     traces = np.square(first).sum() + np.square(second).sum()

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxcl.typing import Array, ArrayLike, bad_argument, check_at_least, check_rank
+from jaxcl.typing import Array, ArrayLike, bad_argument, check_count, check_rank
 
 
 def psnr(a: ArrayLike, b: ArrayLike, *, peak: float) -> Array:
@@ -62,7 +62,7 @@ def ssim(
         ValueError: as `psnr`; an even window or one below 1, or a sigma that is not positive.
     """
     a, b = _checked(a, b, peak)
-    check_at_least("window", window, 1)
+    check_count("window", window, 1)
     if window % 2 == 0:
         raise bad_argument("window", window, "pass an odd number, which has a middle")
     if not sigma > 0:

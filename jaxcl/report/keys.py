@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from jaxcl.report.plots import COLOURS, INK, MARKERS, new_figure
-from jaxcl.typing import bad_argument, check_at_least, check_rank
+from jaxcl.typing import bad_argument, check_count, check_rank
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -50,7 +50,7 @@ def keys_by_class(usage: np.ndarray) -> "Figure":
         ImportError: matplotlib is missing.
     """
     check_rank("usage", usage, 2)
-    check_at_least("usage, its classes", len(usage), 1)
+    check_count("usage, its classes", len(usage), 1)
     used = usage[:, usage.sum(axis=0) > 0]
     shares = used / np.maximum(used.sum(axis=0), 1)
     order: Any = np.lexsort((-shares.max(axis=0, initial=0), shares.argmax(axis=0))) if shares.size else []

@@ -122,6 +122,19 @@ def test_a_grid_of_another_form_is_refused(tmp_path, entry):
         run_dkvb(tmp_path, "--sweep", *entry.split())
 
 
+def test_a_grid_is_read_whole_before_it_runs(tmp_path, monkeypatch):
+    monkeypatch.setattr(dkvb.class_incremental, "run", lambda config, experiment: pytest.fail("a point ran"))
+    with pytest.raises(SystemExit):
+        run_dkvb(tmp_path, "--sweep", "pairs=4,x")
+
+
+def test_a_bottleneck_that_cannot_be_is_told_before_others_train(tmp_path):
+    """And leaves the folder to the command as it should be."""
+    with pytest.raises(ValueError, match="codebooks: got -3; pass 1 or more"):
+        run_dkvb(tmp_path / "run", "--codebooks", "-3")
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize(("text", "value"), [("true", True), ("False", False)])
 def test_a_grid_turns_flags_on_and_off(tmp_path, text, value):
     config = dataclasses.replace(dkvb.preset("smoke", "digits"), dual=not value, sweep=(f"dual={text}",), out=tmp_path)

@@ -11,9 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from experiments import class_incremental, dkvb
+from experiments import class_incremental, dkvb, ibm
 from experiments.benchmarks import harness
+from experiments.common import run_command
 from jaxcl import continual
+from jaxcl.typing import bad_argument
 
 ROOT = Path(__file__).parents[2]
 METHODS = {"naive", "joint", "linear_probe", "dkvb"}
@@ -149,6 +151,51 @@ def test_help_explains(name):
         [sys.executable, "-m", f"experiments.{name}", "--help"], check=True, capture_output=True, text=True, cwd=ROOT
     ).stdout
     assert "--preset" in text and "--seeds" in text and "minute" in text
+
+
+def test_each_preset_and_data_set_has_a_folder(monkeypatch):
+    seen = []
+    monkeypatch.setattr(class_incremental, "run", lambda config, experiment: seen.append(str(config.out)) or {})
+    for arguments in ("", "--preset smoke", "--data mnist", "--data mnist --preset paper", "--data mnist --out a"):
+        dkvb.main(arguments.split())
+    assert seen == ["runs/dkvb", "runs/dkvb_smoke", "runs/dkvb_mnist", "runs/dkvb_mnist_paper", "a"]
+
+
+@pytest.mark.parametrize(
+    ("main", "data"), [(dkvb.main, "imagenet"), (dkvb.main, "mnist:train"), (ibm.main, "folder"), (ibm.main, "folder:")]
+)
+def test_another_data_set_is_refused(main, data):
+    with pytest.raises(ValueError, match=f"data: got '{data}'; choose one of digits, mnist, cifar10, "):
+        main(["--data", data])
+
+
+@pytest.mark.parametrize(
+    ("error", "shown"),
+    [
+        (bad_argument("pairs", 0, "pass 1 or more"), "error: pairs: got 0; pass 1 or more"),
+        (ImportError("digits need scikit-learn"), "error: digits need scikit-learn"),
+        (KeyboardInterrupt(), "\ninterrupted: the same command goes on from what was saved"),
+    ],
+)
+def test_mistakes_at_the_command_line_end_in_a_line(error, shown):
+    def main():
+        raise error
+
+    with pytest.raises(SystemExit, match=f"^{shown}$"):
+        run_command(main)
+
+
+def test_other_errors_keep_their_traceback():
+    def main():
+        raise ValueError
+
+    with pytest.raises(ValueError):
+        run_command(main)
+
+
+def test_another_experiments_folder_is_said_to_be_one(smoke):
+    with pytest.raises(ValueError, match=r"which holds a run with other settings than this experiment has; choose"):
+        ibm.main(["--preset", "smoke", "--out", str(smoke[0])])
 
 
 def test_bad_seeds_are_named():

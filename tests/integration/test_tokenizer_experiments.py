@@ -123,7 +123,7 @@ def test_misspelt_rows_are_told_before_any_work(tmp_path, rows, message):
 
 
 def test_unknown_data_are_named(tmp_path):
-    with pytest.raises(ValueError, match="data: got 'imagenet'; choose one of 'digits', "):
+    with pytest.raises(ValueError, match="data: got 'imagenet'; choose one of digits, "):
         simvq_image.main(["--data", "imagenet", "--out", str(tmp_path)])
 
 

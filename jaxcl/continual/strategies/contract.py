@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxcl.typing import Array, Key, PyTree
+from jaxcl.typing import Array, Key, PyTree, bad_argument
 
 Metrics = dict[str, Array]
 Apply = Callable[[PyTree, Array], Any]  # (params, inputs [B, ...]) -> logits [B, K]
@@ -125,4 +125,11 @@ def cross_entropy(logits: Array, batch: Batch, *, label_smoothing: float = 0.0) 
 
 def eligible_logits(logits: Array, batch: Batch) -> Array:
     """The logits [B, K] in float32, with the lowest finite number at classes that are not eligible."""
+    check_outputs(logits, batch.eligible.shape[-1])
     return jnp.where(batch.eligible, logits.astype(jnp.float32), jnp.finfo(jnp.float32).min)
+
+
+def check_outputs(logits: Array, classes: int) -> None:
+    """Raises ValueError unless the logits are [B, K], K being the number of classes of the stream."""
+    if logits.ndim != 2 or logits.shape[1] != classes:
+        raise bad_argument("logits", f"shape {logits.shape}", f"the network must have {classes} outputs, one a class")

@@ -20,7 +20,7 @@ from jaxcl.bottleneck import (
 )
 from jaxcl.continual.strategies.contract import Apply, Batch, Metrics, Strategy, cross_entropy
 from jaxcl.trees import Rows
-from jaxcl.typing import Array, Key, PyTree, check_at_least, check_between
+from jaxcl.typing import Array, Key, PyTree, check_at_least, check_between, check_count
 
 _LOGGED = 256  # checks of keys that a state remembers
 
@@ -165,7 +165,7 @@ def cared_key_value_bottleneck(
         classes: as in `key_value_bottleneck`.
         label_smoothing: as in `key_value_bottleneck`.
     """
-    check_at_least("refresh_every", refresh_every, 0)
+    check_count("refresh_every", refresh_every, 0)
     check_at_least("temperature", temperature, 0)
     inner = key_value_bottleneck(bottleneck, classes=classes, label_smoothing=label_smoothing)
 

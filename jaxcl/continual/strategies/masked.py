@@ -10,7 +10,7 @@ from jax import lax
 from jaxcl.continual.strategies.contract import Apply, Batch, Metrics, Strategy, cross_entropy, gradients_of
 from jaxcl.masks import Masked, MaskMethod, refresh_ratios
 from jaxcl.trees import replace_leaves
-from jaxcl.typing import Array, Key, PyTree, bad_argument, check_at_least, check_between
+from jaxcl.typing import Array, Key, PyTree, bad_argument, check_at_least, check_between, check_count
 
 Measure = Callable[[PyTree, Array], Mapping[str, Array]]  # (params, inputs [B, ...]) -> by path, what is there
 
@@ -59,7 +59,7 @@ def masked_network(
         ValueError: an option out of range; in use, a task that is not told.
     """
     check_at_least("penalty_weight", penalty_weight, 0)
-    check_at_least("refresh_every", refresh_every, 0)
+    check_count("refresh_every", refresh_every, 0)
     check_between("label_smoothing", label_smoothing, 0, 1)
     if bool(refresh_every) != (features is not None):
         raise bad_argument("refresh_every", refresh_every, "pass features and 1 or more, or leave both out")

@@ -18,7 +18,7 @@ from jaxcl.continual.strategies.contract import (
     gradients_of,
     predict_by,
 )
-from jaxcl.typing import Array, Key, PyTree, check_at_least, check_between, check_choice
+from jaxcl.typing import Array, Key, PyTree, check_at_least, check_between, check_choice, check_count
 
 Labels = Literal["model", "data"]
 Leaves = tuple[Array, Array, Array, Array]  # of a `Batch`, without the task
@@ -100,7 +100,7 @@ def _fisher_penalty(
     check_at_least("strength", strength, 0)
     check_choice("labels", labels, ("model", "data"))
     if examples_at_a_time is not None:
-        check_at_least("examples_at_a_time", examples_at_a_time, 1)
+        check_count("examples_at_a_time", examples_at_a_time, 1)
 
     def init(key: Key, params: PyTree, batch: Batch) -> QuadraticState:
         return QuadraticState(_float32(params), _zeros(params), _zeros(params), jnp.float32(0))

@@ -18,7 +18,7 @@ from jaxcl.continual.strategies.contract import (
     gradients_of,
     predict_by,
 )
-from jaxcl.typing import Array, Key, PyTree, check_at_least
+from jaxcl.typing import Array, Key, PyTree, check_at_least, check_count
 
 
 class Memory(NamedTuple):
@@ -200,8 +200,8 @@ def a_gem(apply: Apply, *, memory_size: int, memory_batch_size: int) -> Strategy
 
 
 def _check_sizes(memory_size: int, memory_batch_size: int) -> None:
-    check_at_least("memory_size", memory_size, 1)
-    check_at_least("memory_batch_size", memory_batch_size, 1)
+    check_count("memory_size", memory_size, 1)
+    check_count("memory_batch_size", memory_batch_size, 1)
 
 
 def _dot(first: PyTree, second: PyTree) -> Array:

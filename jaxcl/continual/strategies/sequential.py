@@ -15,7 +15,7 @@ from jaxcl.continual.strategies.contract import (
     predict_by,
 )
 from jaxcl.trees import bank, commit, pick
-from jaxcl.typing import Array, Key, PyTree, bad_argument, check_at_least, check_between
+from jaxcl.typing import Array, Key, PyTree, bad_argument, check_between, check_count
 
 
 def naive(apply: Apply, *, label_smoothing: float = 0.0) -> Strategy:
@@ -56,7 +56,7 @@ def independent(apply: Apply, tasks: int, *, label_smoothing: float = 0.0) -> St
     Raises:
         ValueError: an option out of range; in use, a task that is not told.
     """
-    check_at_least("tasks", tasks, 1)
+    check_count("tasks", tasks, 1)
 
     def init(key: Key, params: PyTree, batch: Batch) -> Networks:
         return Networks(params, bank(params, tasks), jnp.int32(0))
