@@ -38,7 +38,10 @@ CARDS = {
         "A* spends 1.5 to 2.4 bits beyond the KL, and no test tells it from the posterior at 1 %; how the bias of mrc "
         "and orc falls with their bits",
     ),
-    "--preset paper": Card("not measured", "not measured"),
+    "--preset paper": Card(
+        "more than 70 min, which --spare-bits 0 2 took on one core",
+        "as cpu, with 100,000 blocks and up to 12 bits: no p-value of A* below 0.01",
+    ),
 }
 CODERS = {"mrc": coding.mrc, "orc": coding.orc, "astar": coding.astar}
 AT_ONCE = 4096  # blocks
