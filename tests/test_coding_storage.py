@@ -244,7 +244,7 @@ def test_the_command_line_shows_and_decodes(tmp_path, capsys):
     assert main(["inspect", source]) == 0
     shown = capsys.readouterr().out
     assert "117 bytes: 1,281 weights in 281 values, 41 blocks of 7" in shown
-    assert "KL 11.50 bits" in shown and "3 x 3 x 1 x 8" in shown and "params/Dense_0/kernel" in shown
+    assert "KL 11.50, spent" in shown and "3 x 3 x 1 x 8" in shown and "params/Dense_0/kernel" in shown
     for kind in ("npz", "safetensors"):
         out = tmp_path / f"w.{kind}"
         assert main(["decode", source, "--out", str(out)]) == 0
