@@ -192,3 +192,22 @@ def test_a_budget_must_be_there():
 def test_parameters_of_another_network_are_refused(name):
     with pytest.raises(ValueError, match=r"params: got leaves .*\(6, 17\).*; pass those of the layout"):
         POSTERIORS[name].init(jax.random.key(0), nets.MLP((17,), 3).init(jax.random.key(1), INPUTS[:1]))
+
+
+def test_a_schedule_of_budgets_multiplies_the_kl_that_holds_by_itself():
+    def schedule(step):
+        return jnp.where(step < 1, 3.0, 1.0)
+
+    step = jax.jit(coding.trainer(LAYOUT, POSTERIORS["mean_kl"], optax.sgd(0.1), loss, budget_schedule=schedule).step)
+    plain = coding.trainer(LAYOUT, POSTERIORS["mean_kl"], optax.sgd(0.1), loss)
+    state, progress = plain.init(jax.random.key(2), PARAMS), coding.nothing_coded(LAYOUT)
+    first, told = step(jax.random.key(3), state, progress, (INPUTS, LABELS))
+    assert_close(told.kl, 3 * KL)
+    second, told = step(jax.random.key(4), first, progress, (INPUTS, LABELS))
+    assert_close(told.kl, KL)
+    expected, _ = plain.step(jax.random.key(4), first, progress, (INPUTS, LABELS))
+    assert_close(second.variables.raw_mean, expected.variables.raw_mean)
+    # Less noise by the larger budget: another draw, and so another step
+    narrow, _ = plain.step(jax.random.key(3), state, progress, (INPUTS, LABELS))
+    assert float(jnp.abs(narrow.variables.raw_mean - first.variables.raw_mean).max()) > 1e-4
+    assert int(second.step) == 2

@@ -9,7 +9,7 @@ What is left to train makes up for what coded blocks came to (Havasi, Peharz and
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ from jaxcl.coding.layout import Layout, places, tree_of_values
 from jaxcl.coding.storage import Message, storable, values
 from jaxcl.gaussian import Gaussian
 from jaxcl.trees import leaves_by_path
-from jaxcl.typing import Array, Key, PyTree, bad_argument, check_at_least, check_count
+from jaxcl.typing import Array, ArrayLike, Key, PyTree, bad_argument, check_at_least, check_count
 
 _SMALLEST_SCALE = 1e-2  # of a prior, in `init`: leaves of zeros, as biases are, have none of their own
 
@@ -35,11 +35,16 @@ class Variables(NamedTuple):
     log_prior_scale: Array  # [leaves], of priors with mean 0
 
 
+class _Gaussians(Protocol):
+    def __call__(self, variables: Variables, times: ArrayLike | float = 1.0) -> tuple[Gaussian, Gaussian]: ...
+
+
 class Posterior(NamedTuple):
     """A parameterization of the posterior over the values of a layout."""
 
     init: Callable[[Key, PyTree], Variables]  # (key, params): priors get the scales of these; the key is consumed
-    gaussians: Callable[[Variables], tuple[Gaussian, Gaussian]]  # posterior and prior, leaves [M, W]
+    gaussians: _Gaussians  # (variables, times) -> posterior and prior, leaves [M, W]; a KL that holds by itself is so
+    # many times as large
     budget: float | None = None  # bits to which a penalty has to bring each block; None if they hold by themselves
 
 
@@ -52,9 +57,9 @@ def mean_kl_posterior(layout: Layout, kl: float) -> Posterior:
     check_at_least("kl", kl, 1e-6)
     leaf_of = places(layout).leaf
 
-    def gaussians(variables: Variables) -> tuple[Gaussian, Gaussian]:
+    def gaussians(variables: Variables, times: ArrayLike | float = 1.0) -> tuple[Gaussian, Gaussian]:
         prior = _prior(variables, leaf_of)
-        return gaussian.mean_kl(variables.raw_mean, variables.raw_spread, kl * math.log(2), prior), prior
+        return gaussian.mean_kl(variables.raw_mean, variables.raw_spread, times * kl * math.log(2), prior), prior
 
     return Posterior(partial(_first_variables, layout, 0.0), gaussians)
 
@@ -68,7 +73,7 @@ def mean_var_posterior(layout: Layout, kl: float) -> Posterior:
     check_at_least("kl", kl, 1e-6)
     leaf_of = places(layout).leaf
 
-    def gaussians(variables: Variables) -> tuple[Gaussian, Gaussian]:
+    def gaussians(variables: Variables, times: ArrayLike | float = 1.0) -> tuple[Gaussian, Gaussian]:
         prior = _prior(variables, leaf_of)
         unit = gaussian.mean_var(variables.raw_mean, variables.raw_spread)
         return Gaussian(unit.mean * prior.scale, unit.scale * prior.scale), prior
@@ -127,6 +132,7 @@ class TrainState(NamedTuple):
     variables: Variables
     opt_state: PyTree
     log_penalty: Array  # [M], the logarithm of what a nat of each block counts in the loss; only for a budget
+    step: Array  # [] int32, how many were taken
 
 
 class Told(NamedTuple):
@@ -145,7 +151,7 @@ class Trainer(NamedTuple):
 
 def trainer(
     layout: Layout, posterior: Posterior, tx: optax.GradientTransformation, loss: Callable[[PyTree, PyTree], Array],
-    *, penalty: float = 1e-5, penalty_rate: float = 2e-3,
+    *, penalty: float = 1e-5, penalty_rate: float = 2e-3, budget_schedule: optax.Schedule | None = None,
 ) -> Trainer:  # fmt: skip
     """Steps by one draw of the posterior each; once a block is coded priors stand still: candidates come of them.
 
@@ -159,6 +165,10 @@ def trainer(
         loss: (params, batch) -> [], the mean over a batch, in nats.
         penalty: what a nat counts at first.
         penalty_rate: by what share of itself that changes in a step.
+        budget_schedule: (steps taken) -> how many times its KL a block has in this step, where the parameterization
+            holds it; to be 1 before anything is coded. A deep network of small budgets does not begin to learn: with
+            noise as large as the means no signal comes through. It does with a larger one, which then falls. None is 1
+            in all steps.
 
     Raises:
         ValueError: a penalty that is not above 0.
@@ -169,13 +179,15 @@ def trainer(
 
     def init(key: Key, params: PyTree) -> TrainState:
         variables = posterior.init(key, params)
-        return TrainState(variables, tx.init(variables), jnp.full(layout.blocks, math.log(penalty), jnp.float32))
+        log_penalty = jnp.full(layout.blocks, math.log(penalty), jnp.float32)
+        return TrainState(variables, tx.init(variables), log_penalty, jnp.int32(0))
 
     def step(key: Key, state: TrainState, progress: Progress, batch: PyTree) -> tuple[TrainState, Told]:
         waiting = blocks >= progress.coded
+        times = 1.0 if budget_schedule is None else budget_schedule(state.step)
 
         def objective(variables: Variables) -> tuple[Array, tuple[Array, Array]]:
-            q, p = posterior.gaussians(variables)
+            q, p = posterior.gaussians(variables, times)
             found = loss(tree_of_values(of_weights, sample_values(key, q, progress)), batch)
             nats = jnp.where(waiting, gaussian.kl(q, p).sum(axis=1), 0)
             weighted = jnp.sum(jnp.exp(state.log_penalty) * nats) if posterior.budget is not None else 0
@@ -189,7 +201,7 @@ def trainer(
         if posterior.budget is not None:
             log_penalty += penalty_rate * jnp.where(bits > posterior.budget, 1, -1)
         told = Told(found, bits.sum() / jnp.maximum(waiting.sum(), 1))
-        return TrainState(optax.apply_updates(state.variables, updates), opt_state, log_penalty), told
+        return TrainState(optax.apply_updates(state.variables, updates), opt_state, log_penalty, state.step + 1), told
 
     return Trainer(init, step)
 
