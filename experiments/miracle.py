@@ -41,10 +41,12 @@ if TYPE_CHECKING:
 
 CARDS = {
     "--preset smoke": Card("30 s", "that it runs"),
-    "--preset cpu": Card("not measured", "not measured"),
+    "--preset cpu": Card(
+        "24 min on one core", "digits, test error: 17.7 % with 200 bytes, 8.4 with 300, 4.4 with 400, 3.2 with 600"
+    ),
     "--preset cpu --data mnist": Card(
-        "not measured as a whole; --rows mean_kl:3100 takes 30 min",
-        "test error: 1.2 % with 1,600 bytes at most, 0.8 to 0.9 % with 3,100",
+        "2 h on two cores, near 40 min a row on one",
+        "test error: 3.2 % with 700 bytes, 2.1 with 1,000, 1.2 with 1,600, 1.1 with 2,200, 0.9 with 3,100",
     ),
     "--preset paper --data mnist": Card(
         "not measured; it takes an accelerator", "MIRACLE's curve: 0.96 % at 1.5 kB, 0.69 % at 3.0 kB"
