@@ -88,8 +88,8 @@ def parse_command(
     if kinds.get(kind) != bool(place):
         raise bad_argument("data", repr(chosen.data), f"choose one of {', '.join(data)}")
     default = presets(chosen.preset, chosen.data)
-    name = "".join(f"_{part}" for part in (kind, chosen.preset) if part not in (next(iter(kinds)), "cpu"))
-    default = dataclasses.replace(default, out=default.out.with_name(default.out.name + name))
+    ending = "".join(f"_{part}" for part in (kind, chosen.preset) if part not in (next(iter(kinds)), "cpu"))
+    default = dataclasses.replace(default, out=default.out.with_name(default.out.name + ending))
     return tyro.cli(type(default), default=default, args=argv, description=description)
 
 
@@ -129,9 +129,9 @@ def settings_for_folder(config: BaseConfig) -> dict[str, Any]:
     path = config.out / "config.json"
     before = report.read_json(path) if path.exists() else settings
     if other := different_settings(before, settings):
-        differences = ", ".join(f"{name} {before.get(name)} (now {settings.get(name)})" for name in other)
-        if before.keys() != settings.keys():
-            differences = "other settings than this experiment has"
+        differences = "other settings than this experiment has"
+        if before.keys() == settings.keys():
+            differences = ", ".join(f"{name} {before[name]} (now {settings[name]})" for name in other)
         raise bad_argument(
             "out", f"{config.out}, which holds a run with {differences}",
             "choose another folder, or give that run's settings to go on with it",

@@ -199,16 +199,15 @@ def _run(config: Config) -> dict[str, Any]:
     params = [{"params": network.testing.init(key[1], first)["params"]} for key in keys]
     steps = config.epochs * -(-max(len(part.rows) for part in tasks[0].train_sets) // config.batch_size)
     banks: dict[str, list[Bank]] = {}  # of each method with masks, one a seed
-    for name in config.methods:
-        if name in MASKED:  # so that what is wrong about one is told before any training
-            _masked(config, name, network, steps)
+    # All before any training, so that what is wrong about one is told at once
+    masked = {name: _masked(config, name, network, steps) for name in config.methods if name in MASKED}
     for name in config.methods:
         of_method = [streams.joint(stream) for stream in tasks] if name == "joint" else tasks
         rate = config.packnet_learning_rate if name == "packnet" else config.learning_rate
         tx: optax.GradientTransformation = optax.adam(rate)
         start: list[PyTree] = params
         if name in MASKED:
-            method, strategy, travel = _masked(config, name, network, steps)
+            method, strategy, travel = masked[name]
             start = [method.init(key[2], own)[0] for key, own in zip(keys, params, strict=True)]
             tx = masks.separate_rates(tx, optax.adam(travel / steps))
         else:

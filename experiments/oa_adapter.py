@@ -199,10 +199,9 @@ def _run(config: Config) -> dict[str, Any]:
     body, ways = _body(config, run)
     own = [ways[seed % len(ways)] for seed in range(config.seeds)]
     keys = [jax.random.split(jax.random.key(seed)) for seed in range(config.seeds)]
-    for name in config.methods:
-        _learner(config, name, body, own[0])  # so that what is wrong about one is told before any training
-    for name in config.methods:
-        learner = _learner(config, name, body, own[0])
+    # All before any training, so that what is wrong about one is told at once
+    learners = {name: _learner(config, name, body, own[0]) for name in config.methods}
+    for name, learner in learners.items():
         of_method = [learner.stream(stream) for stream in own]
         params = [learner.init(key[0]) for key in keys]
         run.train(

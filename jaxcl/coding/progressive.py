@@ -43,8 +43,8 @@ class Posterior(NamedTuple):
     """A parameterization of the posterior over the values of a layout."""
 
     init: Callable[[Key, PyTree], Variables]  # (key, params): priors get the scales of these; the key is consumed
-    gaussians: _Gaussians  # (variables, times) -> posterior and prior, leaves [M, W]; a KL that holds by itself is so
-    # many times as large
+    gaussians: _Gaussians  # (variables, times=1) -> posterior and prior, leaves [M, W]; `times` multiplies the KL of a
+    # parameterization that holds it by itself
     budget: float | None = None  # bits to which a penalty has to bring each block; None if they hold by themselves
 
 
@@ -52,7 +52,7 @@ def mean_kl_posterior(layout: Layout, kl: float) -> Posterior:
     """Mean-KL (`gaussian.mean_kl`): each block spends `kl` bits, whatever the variables.
 
     Raises:
-        ValueError: no bits.
+        ValueError: no bits; in `init`, parameters of another layout.
     """
     check_at_least("kl", kl, 1e-6)
     leaf_of = places(layout).leaf
@@ -68,7 +68,7 @@ def mean_var_posterior(layout: Layout, kl: float) -> Posterior:
     """Mean-Var, MIRACLE's own: means and log scales in units of the prior; a penalty brings a block's KL to `kl` bits.
 
     Raises:
-        ValueError: no bits.
+        ValueError: no bits; in `init`, parameters of another layout.
     """
     check_at_least("kl", kl, 1e-6)
     leaf_of = places(layout).leaf

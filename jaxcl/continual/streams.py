@@ -298,10 +298,7 @@ def check_examples(argument: str, examples: Examples, classes: int) -> None:
 
     Inputs in memory must be finite.
     """
-    if not isinstance(examples, Examples):
-        raise bad_argument(argument, f"type {type(examples).__name__}", "pass continual.Examples(inputs, labels)")
-    for name, part in examples._asdict().items():
-        check_array(f"{argument}.{name}", part)
+    _check_kinds(argument, examples)
     counts = f"{len(examples.inputs)} inputs and {len(examples.labels)} labels"
     if not len(examples.labels):
         raise bad_argument(argument, counts, "pass one example or more")
@@ -312,9 +309,17 @@ def check_examples(argument: str, examples: Examples, classes: int) -> None:
         check_finite(f"{argument}.inputs", examples.inputs)
 
 
+def _check_kinds(argument: str, examples: Examples) -> None:
+    if not isinstance(examples, Examples):
+        raise bad_argument(argument, f"type {type(examples).__name__}", "pass continual.Examples(inputs, labels)")
+    for name, part in examples._asdict().items():
+        check_array(f"{argument}.{name}", part)
+
+
 def _check_split(train: Examples, test: Examples) -> int:
     """The number of classes, after all checks of the examples."""
-    labels = np.asarray(train.labels if isinstance(train, Examples) else ())  # of another kind it is refused below
+    _check_kinds("train", train)
+    labels = np.asarray(train.labels)
     classes = int(labels.max()) + 1 if labels.size and np.issubdtype(labels.dtype, np.integer) else 0
     check_examples("train", train, classes)
     check_examples("test", test, classes)
