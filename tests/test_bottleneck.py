@@ -26,8 +26,6 @@ from jaxcl import bottleneck as bn
 from jaxcl import nearest, quantize, trees
 from jaxcl.continual.compilations import count_compilations
 
-pytestmark = pytest.mark.core
-
 TRAINED = ["dkvb_train_top1", "dkvb_train_top3", "dkvb_clip_active"]
 
 
@@ -128,6 +126,7 @@ def used_before(state, indices):
     return theirs(fetched_keys(np.asarray(state.usage)[..., None], indices))
 
 
+@pytest.mark.core
 @both_ways
 @pytest.mark.parametrize("name", ["dkvb_ema", "dkvb_ema_deadcode"])
 def test_key_fitting_is_the_authors(name, wrap):
@@ -173,6 +172,7 @@ def check_replaced(codebook, expired, heads):
 # Goldens: retrieval, counting, evaluation
 
 
+@pytest.mark.core
 @both_ways
 @pytest.mark.parametrize("name", TRAINED)
 def test_retrieval_and_counts_are_the_authors(name, wrap):
@@ -191,6 +191,7 @@ def test_retrieval_and_counts_are_the_authors(name, wrap):
         values = recorded[f"values_{step}"]
 
 
+@pytest.mark.core
 @both_ways
 @pytest.mark.parametrize("name", TRAINED)
 @pytest.mark.parametrize("used_only", [True, False])
@@ -220,6 +221,7 @@ def test_evaluation_is_the_authors(name, used_only, wrap):
 # Goldens: splitters
 
 
+@pytest.mark.core
 @both_ways
 @pytest.mark.parametrize("projection", ["random", "chunk"])
 def test_heads_are_the_authors(projection, wrap):
@@ -245,6 +247,7 @@ def test_heads_are_the_authors(projection, wrap):
         assert_close(jax.jit(jax.vmap(jax.vmap(heads)))(jnp.asarray(x)), expected)
 
 
+@pytest.mark.core
 @both_ways
 def test_a_feature_map_goes_through_as_in_the_authors_code(wrap):
     """[batch, channel, h, w] becomes [batch, position, channel], positions h-major; back again the value comes first.
@@ -445,6 +448,7 @@ def on_eight_devices(kind, made):
     return lambda key, params, state, features: fit(key, params, state, jax.device_put(features, split))
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("kind", ["pmap", "shard_map", "jit"])
 def test_eight_devices_fit_the_keys_of_one(kind):
     """Two steps, keys replaced in each: the expected state is that of one device with the whole batch."""
@@ -501,6 +505,7 @@ def test_learning_never_moves_keys():
 # Look-up
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("top_k", [1, 3])
 @pytest.mark.parametrize("leading", [(), (12,), (4, 3), (2, 3, 2)])
 def test_lookup_equals_a_sort_of_all_distances(top_k, leading):
@@ -583,6 +588,7 @@ def test_an_unused_pair_never_wins_against_a_used_one_that_is_far():
     assert (np.asarray(indices) == 4).all()
 
 
+@pytest.mark.core
 def test_no_second_compilation():
     """One program each for three features, keys and states."""
     made, params, state, features = random_bottleneck(pairs=9, dead_share=0.0)

@@ -14,13 +14,13 @@ from jaxcl import coding, gaussian, threefry
 from jaxcl.continual.compilations import count_compilations
 from jaxcl.gaussian import Gaussian
 
-pytestmark = pytest.mark.core
 SEED = 11
 
 
 # Candidates
 
 
+@pytest.mark.core
 def test_exact_normal_variables_are_quantiles_to_both_sides():
     magnitudes = np.unique(np.geomspace(1, 2**31 - 1, 50_000).astype(np.uint32))
     magnitudes = np.concatenate([[0], magnitudes, 2**31 - 1 - magnitudes[:1000]]).astype(np.uint32)
@@ -30,6 +30,7 @@ def test_exact_normal_variables_are_quantiles_to_both_sides():
     np.testing.assert_array_equal(coding.exact_normal_of_word(magnitudes + np.uint32(2**31)), -upper)
 
 
+@pytest.mark.core
 def test_exact_normal_variables_have_not_changed():
     """Files would decode to other weights: the sum is that of all versions since the first."""
     words = np.random.Generator(np.random.Philox(0)).integers(0, 2**32, 100_000, np.uint32)
@@ -48,6 +49,7 @@ def test_a_machine_with_other_floats_is_refused(monkeypatch):
     candidates._table.cache_clear()
 
 
+@pytest.mark.core
 def test_candidates_are_those_that_the_encoder_sees():
     blocks, indices = np.arange(50, dtype=np.uint32), np.arange(50, dtype=np.uint32) ** 3
     for width in (1, 2, 7):
@@ -78,6 +80,7 @@ def coded(coder, q, p, seed=SEED, key=0):
     return encoded, (drawn - np.asarray(q.mean)) / np.asarray(q.scale)
 
 
+@pytest.mark.core
 @pytest.mark.parametrize(("width", "bits", "count"), [(1, 1, 4000), (1, 6, 4000), (8, 1, 4000), (8, 4, 1500)])
 def test_astar_samples_are_exact_and_cost_what_theory_says(width, bits, count, tmp_path):
     q, p = posterior(count, width, bits)
@@ -181,6 +184,7 @@ def test_what_has_seen_all_candidates_is_decided():
         assert np.asarray(coded(coder, wide, p)[0].decided).all()
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("coder", [coding.mrc(6), coding.orc(6), coding.astar(8)])
 def test_indices_are_the_same_with_x64(coder):
     q, p = posterior(6, 3, 3)
@@ -219,6 +223,7 @@ def test_means_must_be_blocks():
         )
 
 
+@pytest.mark.core
 def test_blocks_are_coded_alike_on_many_devices():
     q, p = posterior(16, 4, 6)
     mesh = jax.sharding.Mesh(np.asarray(jax.devices()[:8]), ("blocks",))

@@ -27,8 +27,6 @@ from jaxcl.continual import (
     streams,
 )
 
-pytestmark = pytest.mark.core
-
 KEY = jax.random.key(0)
 
 
@@ -92,6 +90,7 @@ def check_step(recorded, step, found):
     assert_close(np.linalg.norm(found["grad_values"]), recorded[f"grad_norm_{step}"])
 
 
+@pytest.mark.core
 @both_ways
 @pytest.mark.parametrize("name", ["dkvb_train_top1", "dkvb_clip_active", "dkvb_train_top3"])
 def test_training_is_the_authors(name, wrap):
@@ -217,6 +216,7 @@ CLIPS = {
 }
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("top_k", [1, 3])
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 @pytest.mark.parametrize("clipping", CLIPS)
@@ -383,6 +383,7 @@ def gaussian_clusters(rng, examples_per_class):
     return Examples((centres[labels] + rng.normal(size=(len(labels), 16)) * 0.5).astype(np.float32), labels)
 
 
+@pytest.mark.core
 def test_classes_in_turn_are_kept_where_a_linear_probe_forgets():
     """Five tasks of two far-apart classes: by the method's claim all ten stay; a probe answers with the last two."""
     rng = np.random.default_rng(0)

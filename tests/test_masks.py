@@ -95,8 +95,11 @@ DECAYED = masks.separate_rates(optax.adamw(1e-2, weight_decay=0.1), optax.adamw(
 results = functools.cache(lambda name: trained(name, RATES))
 
 
-@pytest.mark.parametrize("name", METHODS)
-@pytest.mark.parametrize("tx", [RATES, DECAYED], ids=["adam", "adamw"])
+@pytest.mark.parametrize(
+    ("name", "tx"),
+    [pytest.param(name, RATES, id=name) for name in METHODS]
+    + [pytest.param(name, DECAYED, id=f"{name}, adamw") for name in ("ib_masks", "winning_subnetwork", "packnet")],
+)
 def test_nothing_is_forgotten_to_the_last_bit(name, tx):
     """The logits of 1,000 inputs, as the task was committed and after each later one; all else has moved."""
     method = method_of(name)

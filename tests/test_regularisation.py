@@ -33,8 +33,6 @@ from jaxcl.continual.strategies import squared_gradients
 from jaxcl.continual.strategies.regularisation import PathState
 from jaxcl.trees import apply_updates
 
-pytestmark = pytest.mark.core
-
 
 def fisher_by_hand(params, *batches):
     squares = [own_gradients(params, batch) ** 2 for batch in batches]
@@ -53,6 +51,7 @@ def learned(strategy, params, state, *batches):
 # Fisher information
 
 
+@pytest.mark.core
 @pytest.mark.parametrize(
     ("wrap", "examples_at_a_time"),
     [(plain, 3), (plain, None), *((jax.jit, count) for count in (None, 1, 3, 4, 6, 100))],
@@ -157,6 +156,7 @@ def penalty_and_gradient(strategy, params, state, batch):
     return float(metrics["penalty"]), flat(grads) - mean_gradient(params, batch)
 
 
+@pytest.mark.core
 @both_ways
 def test_ewc_equals_the_sum_over_tasks(wrap):
     """Gradients are those of strength / 2 * sum_t F_t (w - w_t)^2; values differ by a constant only."""
@@ -298,6 +298,7 @@ def tasks_of_batches(tasks=3, steps=3):
     ]
 
 
+@pytest.mark.core
 @pytest.mark.parametrize(
     ("tx", "optimizer"), [(optax.sgd(0.2), Descent(0.2)), (optax.adam(0.1), Adam(0.1))], ids=["sgd", "adam"]
 )
@@ -392,6 +393,7 @@ def distillation_by_hand(params, teacher, batch, groups, temperature):
     return np.average(value * np.ones(len(error)), weights=batch.weights), gradient
 
 
+@pytest.mark.core
 @pytest.mark.parametrize(
     ("wrap", "told", "tasks", "temperature"),
     [
@@ -591,6 +593,7 @@ def loop_by_hand(learner, key, stream, epochs=2):
     return learner.w
 
 
+@pytest.mark.core
 @pytest.mark.parametrize(
     ("name", "kind", "steps_per_call", "together"),
     [
