@@ -276,6 +276,42 @@ def test_scales_have_little_error(bits):
     assert len(np.unique(read[reused])) <= 2**bits
 
 
+@pytest.mark.parametrize("bits", [0, 3])
+def test_scales_of_millions_are_not_lost_in_their_sum(bits):
+    """A float32 that has come to 2^21 takes in steps of a quarter only."""
+    mean = np.random.default_rng(bits).normal(1.05, 0.02, 2**22).astype(np.float32)
+    all_of_them = jnp.ones(mean.shape, bool)
+    rule = masks.folded_scales(bits)
+    _, _, kept = rule.settle(jnp.ones(mean.shape), masks.Noise(jnp.asarray(mean), jnp.zeros(mean.shape)), ~all_of_them,
+                             all_of_them)  # fmt: skip
+    error = np.asarray(rule.read(kept, all_of_them), np.float64) - mean
+    assert abs(error.mean()) < 1e-4
+    assert error.std() < (0.0045 if bits else 0.0201)
+
+
+@pytest.mark.parametrize("rule", ["folded", "authors"])
+def test_what_a_task_has_now_is_what_it_keeps(rule):
+    method = masks.ib_masks(covers, 2, log_variance=-2.0, scale_rule=rule)
+    masked, state = method.init(jax.random.key(0), network_params())
+    now = method.current(masked, state)
+    assert any(
+        bool(jnp.any(leaf != other)) for leaf, other in zip(*map(jax.tree.leaves, (now, masked.weights)), strict=True)
+    )
+    after = method.select(*method.commit(jax.random.key(1), masked, state, 0), 0)
+    jax.tree.map(lambda one, two: np.testing.assert_allclose(one, two, rtol=1e-6), now, after)
+
+
+def test_tasks_in_any_order_have_their_own_scales():
+    method = masks.ib_masks(covers, 2, log_variance=-4.0)
+    masked, state = method.init(jax.random.key(0), network_params())
+    masked, state = method.commit(jax.random.key(1), masked, state, 1)
+    scores = {path: noise._replace(mean=3 * jnp.ones_like(noise.mean)) for path, noise in masked.scores.items()}
+    masked = masked._replace(scores=scores)
+    now = method.current(masked, state)
+    after = method.select(*method.commit(jax.random.key(1), masked, state, 0), 0)
+    jax.tree.map(lambda one, two: np.testing.assert_allclose(one, two, rtol=1e-5), now, after)
+
+
 def test_a_task_of_packnet_uses_all_before_it_and_its_share_of_the_free():
     method = masks.packnet(covers, 3, share=[0.5, 0.25, 1.0], prune_after=1)
     masked, state = method.init(jax.random.key(0), network_params())
@@ -329,6 +365,8 @@ def test_ratios_are_measured_for_the_layers_that_are_named():
     assert float(state.ratios["hidden_0/kernel"]) == 0 and float(state.ratios["hidden_1/kernel"]) == 1
     full = rng.standard_normal((4000, 2, HIDDEN)).astype(np.float32)
     assert float(masks.decomposition_ratio(full)) == pytest.approx(20 / 21)
+    for dtype in (jnp.bfloat16, jnp.float16):
+        assert float(masks.decomposition_ratio(jnp.asarray(full, dtype))) == pytest.approx(20 / 21)
     with pytest.raises(ValueError, match=r"features: got paths \['head'\]; choose from \['hidden_0/kernel'"):
         masks.refresh_ratios(state, {"head": full})
 

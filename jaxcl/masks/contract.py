@@ -45,7 +45,7 @@ class MaskMethod(NamedTuple):
     # (key, masked, state) -> (params as a training step has them, penalty [] in nats)
     protect: _Protect  # (masked, updates, state) -> (updates, state), after the optimizer: committed weights stay
     commit: Callable[[Key, Masked, PyTree, Array | int], tuple[Masked, PyTree]]
-    # (key, masked, state, task) -> (masked, state), at a task's end
+    # (key, masked, state, task) -> (masked, state), at a task's end: tasks once each, and in the order of their numbers
     select: Callable[[Masked, PyTree, Array | int], PyTree]  # (masked, state, task) -> params as the task has them
     current: Callable[[Masked, PyTree], PyTree]
     # (masked, state) -> params as the task would keep them if it ended now, but for the rounding of scales

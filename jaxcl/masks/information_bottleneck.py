@@ -128,7 +128,7 @@ def ib_masks(
     def select(masked: Masked, state: InformationBottleneckState, task: Array | int) -> PyTree:
         weights, found = leaves_by_path(masked.weights), task_own(state.bank, task)
         for path, owner in state.bank.owner.items():
-            scale = rule.read(trees.pick(state.bank.scales[path], task), owner < task)
+            scale = rule.read(trees.pick(state.bank.scales[path], task), owner != task)
             mask = task_mask(state.bank, path, task)
             found[path] = jnp.where(mask, weights[path] * scale, 0).astype(weights[path].dtype)
         return replace_leaves(masked.weights, found)
@@ -141,7 +141,7 @@ def ib_masks(
     def current(masked: Masked, state: InformationBottleneckState) -> PyTree:
         weights, kept = leaves_by_path(masked.weights), keeps(masked, state)
         return replace_leaves(masked.weights, {
-            path: jnp.where(kept[path], weights[path] * noise.mean, 0).astype(weights[path].dtype)
+            path: jnp.where(kept[path], weights[path] * rule.scale(noise), 0).astype(weights[path].dtype)
             for path, noise in masked.scores.items()
         })  # fmt: skip
 
@@ -159,6 +159,7 @@ def decomposition_ratio(features: ArrayLike, *, share: float = 0.97) -> Array:
     """
     check_between("share", share, 0, 1)
     x = jnp.asarray(features).reshape(-1, features.shape[-1])
+    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     x = x - x.mean(axis=0)
     # Squared singular values of the centred features are eigenvalues of their channels' products.
     products = jnp.matmul(x.T, x, precision=jax.lax.Precision.HIGHEST)

@@ -24,6 +24,7 @@ class ScaleRule(NamedTuple):
     # (weight, noise, claimed, reused) -> (weight, noise, what is kept), all [...]: which weights the task is the first
     # to keep, and which it keeps that others kept before
     read: Callable[[PyTree, Array], Array]  # (what is kept, whether others kept a weight before [...]) -> scale [...]
+    scale: Callable[[Noise], Array]  # (noise) -> by what a weight would be multiplied if it were kept now, [...]
 
 
 class FewScales(NamedTuple):
@@ -54,16 +55,19 @@ def folded_scales(bits: int) -> ScaleRule:
         codes = jnp.sum(planes << jnp.arange(bits, dtype=jnp.uint8)[:, None], axis=0, dtype=jnp.uint8)
         return jnp.where(before, kept.levels[codes].reshape(before.shape), 1)
 
-    return ScaleRule(begin, settle, read)
+    return ScaleRule(begin, settle, read, lambda noise: noise.mean)
 
 
 def stored_scales() -> ScaleRule:
     """A float for each weight, as the authors have it: the mean plus the standard deviation."""
 
     def settle(weight: Array, noise: Noise, claimed: Array, reused: Array) -> tuple[Array, Noise, Array]:
-        return weight, noise, noise.mean + jnp.exp(noise.log_variance / 2)
+        return weight, noise, scale(noise)
 
-    return ScaleRule(jnp.zeros, settle, lambda kept, before: kept)
+    def scale(noise: Noise) -> Array:
+        return noise.mean + jnp.exp(noise.log_variance / 2)
+
+    return ScaleRule(jnp.zeros, settle, lambda kept, before: kept, scale)
 
 
 def _quantise(scale: Array, reused: Array, count: int) -> tuple[Array, Array]:
@@ -80,9 +84,10 @@ def _quantise(scale: Array, reused: Array, count: int) -> tuple[Array, Array]:
 
     def move(_: Array | int, levels: Array) -> Array:
         codes = jnp.where(reused, nearest(levels), count)  # out of range: dropped
-        loads = jnp.zeros(count).at[codes].add(1.0, mode="drop")
-        sums = jnp.zeros(count).at[codes].add(scale, mode="drop")
-        return jnp.sort(jnp.where(loads > 0, sums / jnp.maximum(loads, 1), levels))
+        loads = jnp.zeros(count, jnp.int32).at[codes].add(1, mode="drop")
+        # Offsets, not scales, are added up: a float32 takes no more in than so many ones, and leaves have more.
+        offset = scale - levels.at[codes].get(mode="clip")
+        return jnp.sort(levels + jnp.zeros(count).at[codes].add(offset, mode="drop") / jnp.maximum(loads, 1))
 
     levels = jax.lax.fori_loop(0, _ROUNDS, move, low + (high - low) * (jnp.arange(count) + 0.5) / count)
     return levels, jnp.where(reused, nearest(levels), 0).astype(jnp.uint8)

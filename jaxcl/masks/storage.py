@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -27,16 +28,24 @@ from jaxcl.masks.scales import FewScales
 from jaxcl.trees import leaves_by_path
 from jaxcl.typing import PyTree, bad_argument, check_between
 
-_MAGIC = b"JAXCLMK1"
+_MAGIC = b"JAXCLMK2"
 _UNIT = 1 << 16  # what a probability of 1 is in integers
 _SHRINK = 8  # so many expected weights a row or column weighs against what was seen of it
 _LAST = 3  # tasks, of which each counts by itself in a weight's context
 _CONTEXTS = 8 * 2**_LAST  # those, and how many tasks kept the weight, up to 7
 _RUN = 32  # symbols between two changes of the counts, at least
-_RUNS = 8192  # of a mask, about, at most: what coding takes is time for runs
+_RUNS = 8192  # of a mask, about, at most, and as many rows: what coding takes is time for runs
 _SURE = 1e-3  # no weight is held to be kept, or not, with a chance below it
 _FLOAT = 32  # bits of scales that are not coded
 _WEIGHTS_A_BYTE = 6000  # at most so many: 8 / -log2(1 - _SURE) is 5,541
+_DIMENSIONS = 32  # at most, so that a leaf of a bank has no more than NumPy's 64
+_TYPES = {  # of leaves without a mask, and of weights
+    np.dtype(kind).name: np.dtype(kind)
+    for kind in (
+        jnp.bool_, jnp.int8, jnp.int16, jnp.int32, jnp.int64, jnp.uint8, jnp.uint16, jnp.uint32, jnp.uint64,
+        jnp.bfloat16, jnp.float16, jnp.float32, jnp.float64, jnp.complex64, jnp.complex128,
+    )
+}  # fmt: skip
 # (probabilities [n] or [n, levels], symbols [n] or None) -> symbols [n]: writes the symbols, or reads them
 _Code = Callable[[np.ndarray, np.ndarray | None], np.ndarray]
 
@@ -60,12 +69,22 @@ def save_bank(path: str | os.PathLike[str], bank: Bank, tasks: int, *, weights: 
 
     Raises:
         ImportError: constriction is missing.
-        ValueError: more tasks than the bank has, or weights of another network.
+        ValueError: more tasks than the bank has, weights of another network, leaves of a type that no file has, or
+            tasks that were not committed in the order of their numbers.
         OSError: the file cannot be written.
     """
     check_between("tasks", tasks, 1, len(next(iter(bank.masks.values()))))
     masks, own = unpacked_masks(bank, tasks), {name: np.asarray(leaf) for name, leaf in bank.own.items()}
+    for name, mask in masks.items():
+        owner = np.asarray(bank.owner[name]).reshape(-1)
+        if np.any(np.where(owner < tasks, owner, FREE) != _owners(mask)):
+            raise bad_argument(
+                "bank", f"owners of {name} beside its masks", "commit tasks once each: 0, 1, 2 and so on"
+            )
     shapes = {name: owner.shape for name, owner in bank.owner.items()}
+    for name, leaf in own.items():
+        if leaf.dtype.name not in _TYPES:
+            raise bad_argument("bank", f"{name} of {leaf.dtype}", f"a file has leaves of {', '.join(_TYPES)}")
     few = {name: scales for name, scales in bank.scales.items() if isinstance(scales, FewScales)}
     bits = int(math.log2(next(iter(few.values())).levels.shape[-1])) if few else 0
     floats = [few[name].levels if few else bank.scales[name] for name in masks if bank.scales]
@@ -113,7 +132,8 @@ def load_bank(path: str | os.PathLike[str], *, capacity: int | None = None) -> S
 
     Raises:
         ImportError: constriction is missing.
-        ValueError: the file is damaged or none of this kind, or has more tasks than `capacity`.
+        ValueError: the file is damaged or none of this kind, has more tasks than `capacity`, or has leaves of 64 bits
+            where JAX has none.
         OSError: it cannot be read.
     """
     content = Path(path).read_bytes()
@@ -122,6 +142,9 @@ def load_bank(path: str | os.PathLike[str], *, capacity: int | None = None) -> S
         header = _read_header(content)
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError, struct.error) as error:
         raise fault from error
+    for kind, _ in [*header.own.values(), *(header.weights or {}).values()]:
+        if jax.dtypes.canonicalize_dtype(kind) != kind:
+            raise bad_argument("path", f"{path}, with leaves of {kind}", "set jax_enable_x64 before loading it")
     tasks, at = len(header.coded), header.end
     if capacity is not None:
         check_between("capacity", capacity, tasks, FREE)
@@ -212,15 +235,15 @@ def _read_header(content: bytes) -> _Header:
     end = start + struct.unpack("<I", content[len(_MAGIC) : start])[0]
     header = json.loads(content[start:end])
     shapes = {name: _shape(shape) for name, shape in header["masks"].items()}
-    own = {name: (_dtype(kind), _shape(shape)) for name, (kind, *shape) in header["own"].items()}
+    own = {name: (_TYPES[kind], _shape(shape)) for name, (kind, *shape) in header["own"].items()}
     bits, lengths = header["scale_bits"], _sizes(header["coded"])
     if not (bits is None or type(bits) is int) or bits not in (None, *range(9), _FLOAT):
         raise ValueError(f"{bits} bits")
-    if not 1 <= len(lengths) <= FREE or shapes.keys() & own.keys():
+    if not 1 <= len(lengths) <= FREE or not shapes or shapes.keys() & own.keys():
         raise ValueError(f"{len(lengths)} tasks, leaves {sorted(shapes)} and {sorted(own)}")
     floats = sum(math.prod(_floats_of_scales(bits, shape)) for shape in shapes.values())
     leaves = sum(kind.itemsize * math.prod(shape) for kind, shape in own.values())
-    weights = {name: (_dtype(kind), _shape([count])[0]) for name, (kind, count) in header.get("weights", {}).items()}
+    weights = {name: (_TYPES[kind], _shape([count])[0]) for name, (kind, count) in header.get("weights", {}).items()}
     if weights and weights.keys() != shapes.keys():
         raise ValueError(f"weights of {sorted(weights)}")
     stored = sum(kind.itemsize * count for kind, count in weights.values())
@@ -239,15 +262,10 @@ def _sizes(sizes: list[int]) -> list[int]:
 
 
 def _shape(sizes: list[int]) -> tuple[int, ...]:
-    if math.prod(filter(None, _sizes(sizes))) >= 2**40:  # which NumPy refuses even where another size is 0
+    # Sizes that NumPy refuses even where another one is 0
+    if len(sizes) > _DIMENSIONS or math.prod(filter(None, _sizes(sizes))) >= 2**40:
         raise ValueError(f"shape {sizes}")
     return tuple(sizes)
-
-
-def _dtype(name: str) -> np.dtype[Any]:
-    if not jnp.issubdtype(kind := np.dtype(name), jnp.number):  # which knows bfloat16
-        raise ValueError(f"dtype {name}")
-    return kind
 
 
 def _floats_of_scales(bits: int | None, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -322,41 +340,45 @@ def _reused(mask: np.ndarray, task: int) -> np.ndarray:
 def _code_mask(code: _Code, before: np.ndarray, shape: tuple[int, ...], mask: np.ndarray | None) -> np.ndarray:
     """The mask bool [n] of a leaf, row by row and in runs of columns, given those of earlier tasks [t, n].
 
-    What is expected of a weight by its context alone is held against what came of its row and column so far.
+    What is expected of a weight by its context alone is held against what came of its row and column so far. Rows
+    shorter than a run are taken several at once, and so are those of a leaf that has very many.
     """
-    columns = shape[-1] if shape else 1
-    rows = math.prod(shape) // max(columns, 1)
-    contexts = _context(before).reshape(rows, columns)
+    size = math.prod(shape)
+    columns = shape[-1] if shape and size > shape[-1] else 1
+    columns *= max(-(-_RUN // columns), -(-size // (columns * _RUNS)))
+    contexts, found = _context(before), np.zeros(size, bool)
     ones, seen = np.ones(_CONTEXTS, np.int64), np.full(_CONTEXTS, 2, np.int64)
     in_column, expected_in_column = np.zeros(columns, np.int64), np.zeros(columns, np.int64)  # the latter in units
-    found = np.zeros((rows, columns), bool)
-    run_length = max(_RUN, rows * columns // _RUNS)
-    for row in range(rows):
+    run_length = max(_RUN, size // _RUNS)
+    for row in range(-(-size // columns)):
         in_row = expected_in_row = 0
-        for start in range(0, columns, run_length):
-            part = slice(start, start + run_length)
-            context = contexts[row, part]
+        of_row = min(columns, size - row * columns)
+        for start in range(0, of_row, run_length):
+            part = slice(start, min(start + run_length, of_row))
+            weights = slice(row * columns + part.start, row * columns + part.stop)
+            context = contexts[weights]
             base = ones[context] * _UNIT // seen[context]
             odds = base / (_UNIT - base)
             odds = odds * _surprise(in_column[part], expected_in_column[part], row)
             odds = odds * _surprise(in_row, expected_in_row, start)
             probabilities = np.clip(odds / (1 + odds), _SURE, 1 - _SURE)
-            run = code(probabilities, None if mask is None else mask.reshape(rows, columns)[row, part]).astype(bool)
-            found[row, part] = run
+            run = code(probabilities, None if mask is None else mask[weights]).astype(bool)
+            found[weights] = run
             ones += np.bincount(context[run], minlength=_CONTEXTS)
             seen += np.bincount(context, minlength=_CONTEXTS)
             in_column[part] += run
             expected_in_column[part] += base
             in_row += int(run.sum())
             expected_in_row += int(base.sum())
-    return found.reshape(-1)
+    return found
 
 
 def _context(before: np.ndarray) -> np.ndarray:
-    """What earlier tasks [t, n] tell of a weight [n]: which of the last three kept it, and how many of all did."""
-    last = before[::-1][:_LAST]
-    which = np.sum(last << np.arange(len(last))[:, None], axis=0)
-    return which + 2**_LAST * np.minimum(before.sum(axis=0), _CONTEXTS // 2**_LAST - 1)
+    """What earlier tasks [t, n] tell of a weight, uint8 [n]: which of the last three kept it, how many of all did."""
+    last = before[::-1][:_LAST].astype(np.uint8)
+    which = np.sum(last << np.arange(len(last), dtype=np.uint8)[:, None], axis=0, dtype=np.uint8)
+    many = np.minimum(before.sum(axis=0, dtype=np.uint8), _CONTEXTS // 2**_LAST - 1)
+    return np.asarray(which + 2**_LAST * many, np.uint8)
 
 
 def _surprise(count: Any, expected: Any, of: int) -> Any:
