@@ -38,14 +38,9 @@ _RUNS = 8192  # of a mask, about, at most, and as many rows: what coding takes i
 _SURE = 1e-3  # no weight is held to be kept, or not, with a chance below it
 _FLOAT = 32  # bits of scales that are not coded
 _WEIGHTS_A_BYTE = 6000  # at most so many: 8 / -log2(1 - _SURE) is 5,541
-_DIMENSIONS = 32  # at most, so that a leaf of a bank has no more than NumPy's 64
-_TYPES = {  # of leaves without a mask, and of weights
-    np.dtype(kind).name: np.dtype(kind)
-    for kind in (
-        jnp.bool_, jnp.int8, jnp.int16, jnp.int32, jnp.int64, jnp.uint8, jnp.uint16, jnp.uint32, jnp.uint64,
-        jnp.bfloat16, jnp.float16, jnp.float32, jnp.float64, jnp.complex64, jnp.complex128,
-    )
-}  # fmt: skip
+_INTEGERS = (f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64))
+_NUMBERS = "bfloat16", "float16", "float32", "float64", "complex64", "complex128"
+_TYPES = {name: np.dtype(name) for name in ("bool", *_INTEGERS, *_NUMBERS)}  # of leaves without a mask, and of weights
 # (probabilities [n] or [n, levels], symbols [n] or None) -> symbols [n]: writes the symbols, or reads them
 _Code = Callable[[np.ndarray, np.ndarray | None], np.ndarray]
 
@@ -78,13 +73,10 @@ def save_bank(path: str | os.PathLike[str], bank: Bank, tasks: int, *, weights: 
     for name, mask in masks.items():
         owner = np.asarray(bank.owner[name]).reshape(-1)
         if np.any(np.where(owner < tasks, owner, FREE) != _owners(mask)):
-            raise bad_argument(
-                "bank", f"owners of {name} beside its masks", "commit tasks once each: 0, 1, 2 and so on"
-            )
+            raise bad_argument("bank", f"{name} of other owners", "commit tasks once each: 0, 1, 2 and so on")
     shapes = {name: owner.shape for name, owner in bank.owner.items()}
-    for name, leaf in own.items():
-        if leaf.dtype.name not in _TYPES:
-            raise bad_argument("bank", f"{name} of {leaf.dtype}", f"a file has leaves of {', '.join(_TYPES)}")
+    if unknown := {leaf.dtype.name for leaf in own.values()} - _TYPES.keys():
+        raise bad_argument("bank", f"leaves of {', '.join(unknown)}", f"a file has leaves of {', '.join(_TYPES)}")
     few = {name: scales for name, scales in bank.scales.items() if isinstance(scales, FewScales)}
     bits = int(math.log2(next(iter(few.values())).levels.shape[-1])) if few else 0
     floats = [few[name].levels if few else bank.scales[name] for name in masks if bank.scales]
@@ -263,7 +255,7 @@ def _sizes(sizes: list[int]) -> list[int]:
 
 def _shape(sizes: list[int]) -> tuple[int, ...]:
     # Sizes that NumPy refuses even where another one is 0
-    if len(sizes) > _DIMENSIONS or math.prod(filter(None, _sizes(sizes))) >= 2**40:
+    if len(sizes) > 32 or math.prod(filter(None, _sizes(sizes))) >= 2**40:
         raise ValueError(f"shape {sizes}")
     return tuple(sizes)
 
@@ -350,16 +342,15 @@ def _code_mask(code: _Code, before: np.ndarray, shape: tuple[int, ...], mask: np
     ones, seen = np.ones(_CONTEXTS, np.int64), np.full(_CONTEXTS, 2, np.int64)
     in_column, expected_in_column = np.zeros(columns, np.int64), np.zeros(columns, np.int64)  # the latter in units
     run_length = max(_RUN, size // _RUNS)
-    for row in range(-(-size // columns)):
-        in_row = expected_in_row = 0
-        of_row = min(columns, size - row * columns)
+    for begin in range(0, size, columns):
+        in_row, expected_in_row, of_row = 0, 0, min(columns, size - begin)
         for start in range(0, of_row, run_length):
             part = slice(start, min(start + run_length, of_row))
-            weights = slice(row * columns + part.start, row * columns + part.stop)
+            weights = slice(begin + part.start, begin + part.stop)
             context = contexts[weights]
             base = ones[context] * _UNIT // seen[context]
             odds = base / (_UNIT - base)
-            odds = odds * _surprise(in_column[part], expected_in_column[part], row)
+            odds = odds * _surprise(in_column[part], expected_in_column[part], begin // columns)
             odds = odds * _surprise(in_row, expected_in_row, start)
             probabilities = np.clip(odds / (1 + odds), _SURE, 1 - _SURE)
             run = code(probabilities, None if mask is None else mask[weights]).astype(bool)
