@@ -125,7 +125,7 @@ def settings_for_folder(config: BaseConfig) -> dict[str, Any]:
     Raises:
         ValueError: as `claim_folder`.
     """
-    settings = _plain(dataclasses.asdict(config))
+    settings = plain_settings(config)
     path = config.out / "config.json"
     before = report.read_json(path) if path.exists() else settings
     if other := different_settings(before, settings):
@@ -382,6 +382,7 @@ def _axes(mesh: str) -> dict[str, int]:
         raise bad_argument("mesh", mesh, "write it as data=4,model=2") from error
 
 
-def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:
+def plain_settings(config: BaseConfig) -> dict[str, Any]:
     """The settings as JSON will give them back."""
-    return json.loads(json.dumps(settings, default=str))
+    settings: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config), default=str))
+    return settings

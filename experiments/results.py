@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import tyro
 
 from experiments.card import Card
-from experiments.common import parse_command, run_command
+from experiments.common import different_settings, parse_command, plain_settings, run_command
 from jaxcl import files, report
 from jaxcl.typing import bad_argument
 
@@ -140,12 +140,18 @@ def keep_run(name: str, folder: Path) -> None:
     """Keeps what a finished run in `folder` came to.
 
     Raises:
-        ValueError: it is not finished.
+        ValueError: it is not finished, or another command's.
     """
     path = folder / "metrics.json"
     if not path.exists():
         raise bad_argument("keep", f"{name}={folder} without metrics.json", "let the run finish, which writes it")
     document = report.read_json(path)
+    (command,) = {claim.command for claim in CLAIMS if claim.run == name}
+    if "config" not in document or (other := different_settings(document["config"], settings_of(command))):
+        differences = ", ".join(other) if "config" in document else "no config"
+        raise bad_argument(
+            "keep", f"{name}={folder}, with other {differences}", f"keep what python -m {command} leaves"
+        )
     document["config"]["out"] = f"runs/{name}"  # wherever it was
     report.write_json(PUBLISHED / f"{name}.json", document)
 
@@ -173,12 +179,12 @@ def with_table(text: str) -> str:
     return f"{before}{begin}\n{lines}\n{end}{after}"
 
 
-def settings_of(command: str) -> Any:
-    """The configuration that a command of an experiment asks for."""
+def settings_of(command: str) -> dict[str, Any]:
+    """The settings that a command of an experiment asks for, as plain data."""
     name, *arguments = shlex.split(command)
     module = importlib.import_module(name)
     data = arguments[arguments.index("--data") + 1] if "--data" in arguments else module.preset("cpu", "digits").data
-    return parse_command(module.preset, data=(data,), argv=arguments, description="")
+    return plain_settings(parse_command(module.preset, data=(data,), argv=arguments, description=""))
 
 
 def _percent(metric: dict[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -66,8 +67,10 @@ def finish(
 
 
 def _columns(of_seeds: Sequence[Mapping[str, float]]) -> dict[str, Any]:
-    """Each metric over the seeds, of what each seed came to."""
-    return over_seeds(**{name: [one[name] for one in of_seeds] for name in of_seeds[0]})
+    """Each metric over the seeds, of what each seed came to; files have null for what is not a number."""
+    return over_seeds(**{
+        name: [math.nan if one[name] is None else one[name] for one in of_seeds] for name in of_seeds[0]
+    })  # fmt: skip
 
 
 def _history_csv(histories: Mapping[str, History]) -> str:

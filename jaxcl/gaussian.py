@@ -113,7 +113,6 @@ def mean_kl(raw_mean: PyTree, raw_share: PyTree, budget: PyTree, prior: Gaussian
     return Gaussian(*jax.tree.transpose(jax.tree.structure(raw_mean), jax.tree.structure((0, 0)), both))
 
 
-@jax.custom_jvp
 def mean_kl_scale(kappa: ArrayLike, delta: ArrayLike) -> Array:
     """Sigma / rho <= 1 at which a normal variable delta prior scales off the prior's mean has KL kappa; both [...].
 
@@ -125,23 +124,22 @@ def mean_kl_scale(kappa: ArrayLike, delta: ArrayLike) -> Array:
     Returns:
         [...], 1 at the edge and NaN beyond it, where no scale has so small a KL.
     """
-    kappa, delta = _promoted(kappa, delta)
+    kind = jnp.promote_types(jnp.result_type(kappa, delta), jnp.float32)
+    return _scale_within(jnp.asarray(kappa, kind), jnp.asarray(delta, kind))
+
+
+@jax.custom_jvp
+def _scale_within(kappa: Array, delta: Array) -> Array:
     slack, rest = _slack(kappa, delta)
     return jnp.where(slack < 0, jnp.nan, _ratio(slack, rest))
 
 
-@mean_kl_scale.defjvp
-def _mean_kl_scale_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
-    kappa, delta = _promoted(*primals)
-    kappa_dot, delta_dot = tangents
-    ratio = mean_kl_scale(kappa, delta)
+@_scale_within.defjvp
+def _scale_within_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
+    (kappa, delta), (kappa_dot, delta_dot) = primals, tangents
+    ratio = _scale_within(kappa, delta)
     slope = ratio / -jnp.expm1(-_solve(_slack(kappa, delta)[0]))
     return ratio, slope * (delta * delta_dot - kappa_dot)
-
-
-def _promoted(kappa: ArrayLike, delta: ArrayLike) -> tuple[Array, Array]:
-    kind = jnp.promote_types(jnp.result_type(kappa, delta), jnp.float32)
-    return jnp.asarray(kappa, kind), jnp.asarray(delta, kind)
 
 
 def _slack(kappa: Array, delta: Array) -> tuple[Array, Array]:

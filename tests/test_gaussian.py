@@ -58,6 +58,9 @@ def test_the_scale_is_the_priors_at_the_edge_and_nan_beyond_it(wrap):
     at = {name: jnp.asarray(array, jnp.float32) for name, array in arrays.items()}
     np.testing.assert_array_equal(wrap(gaussian.mean_kl_scale)(at["boundary_kappa"], at["boundary_delta"]), 1)
     assert np.isnan(wrap(gaussian.mean_kl_scale)(at["infeasible_kappa"], at["infeasible_delta"])).all()
+    assert jax.grad(lambda delta: gaussian.mean_kl_scale(1, delta))(0.5) == jax.grad(gaussian.mean_kl_scale, 1)(
+        1.0, 0.5
+    )
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])

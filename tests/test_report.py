@@ -455,6 +455,13 @@ def test_curves_are_drawn_as_given():
     assert [text.get_text() for text in axes.get_legend().get_texts()] == ["vq", "simvq"]
 
 
+def test_curves_begin_at_zero_unless_they_go_below():
+    above, below = np.array([[1, 2], [0.5, 2.0]]), np.array([[1, 2], [-0.1, np.nan]])
+    for curves, lowest in (({"a": above}, 0), ({"a": above, "b": below}, -0.1), ({"b": below}, -0.1)):
+        low, high = report.line_plot(curves, "bits", "bits").axes[0].get_ylim()
+        assert low < high and (low == 0 if lowest == 0 else low <= lowest)
+
+
 @pytest.mark.parametrize("curves", [{}, {"a": np.zeros(3)}])
 def test_what_is_no_curve_is_named(curves):
     with pytest.raises(ValueError, match="curves: got "):

@@ -100,7 +100,7 @@ def check_layout(layout: Layout) -> None:
     check_between("width", layout.width, 1, _SIZES)
     check_between("seed", layout.seed, 0, 2**32 - 1)
     for leaf in layout.leaves:
-        if not leaf.size:
+        if 0 in leaf.shape:
             raise bad_argument("params", f"{leaf.path} of shape {leaf.shape}", "leave out what has no weights")
         if len(leaf.shape) > _AXES or not all(1 <= size < 1 << 31 for size in leaf.shape):
             raise bad_argument("params", f"{leaf.path} of shape {leaf.shape}", f"reshape it to {_AXES} axes or fewer")

@@ -31,6 +31,7 @@ _WORDS = "\n".join((
     "params/Dense_1/bias\t", "params/Dense_1/kernel\t",
 )).encode()  # fmt: skip
 _HEADER_LIMIT = 1 << 20  # bytes of a header, inflated
+_LINE_LIMIT = 2000  # characters of a leaf's line: its path has up to 1,000, its sizes up to 11 each
 _SCALES = (1e-28, 1e37)  # candidates are from 2e-10 to 6.4: no weight is subnormal, and none overflows
 LIMIT = 1 << 25  # weights, unless a caller allows more
 
@@ -204,6 +205,8 @@ def _line(leaf: Leaf) -> str:
 
 
 def _leaf(line: str) -> Leaf:
+    if len(line) > _LINE_LIMIT:  # before sizes are multiplied, of which half a million would fill a header
+        raise ValueError(f"a line of {len(line)} characters")
     path, rest = line.split("\t")
     sizes, colon, kept = rest.partition(":")
     shape = tuple(map(int, sizes.split()))

@@ -239,7 +239,8 @@ def line_plot(curves: Mapping[str, np.ndarray], over: str, label: str) -> "Figur
     axes.set_xlabel(over)
     axes.locator_params(axis="x", integer=True)
     axes.set_ylabel(label)
-    axes.set_ylim(bottom=0)
+    if not any(np.any(values < 0) for _, values in curves.values()):
+        axes.set_ylim(bottom=0)
     axes.grid(axis="y", color="#e6e6e6")
     axes.spines[["top", "right"]].set_visible(False)
     for text in axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), frameon=False, fontsize=9).get_texts():

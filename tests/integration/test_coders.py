@@ -24,6 +24,36 @@ def test_samples_and_bits_are_compared_and_a_finished_run_is_told(tmp_path, caps
     assert coders.main([*SMOKE, "--out", str(tmp_path)]) == document and "finished" in capsys.readouterr().out
 
 
-def test_budgets_must_be_there(tmp_path):
-    with pytest.raises(ValueError, match=r"kl: got 0\.0; pass a number from 0\.1 to 26"):
-        coders.main([*SMOKE, "--kl", "0", "--out", str(tmp_path)])
+def test_an_interrupted_row_goes_on_where_it_was(tmp_path, monkeypatch):
+    options = [*SMOKE, "--spare-bits", "0", "--checkpoint-seconds", "0"]
+    monkeypatch.setattr(coders, "AT_ONCE", 100)
+    whole = coders.main([*options, "--out", str(tmp_path / "whole")])["results"]
+    calls, blocks = [], coders._blocks
+
+    def some_blocks(*args):
+        calls.append(args)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return blocks(*args)
+
+    monkeypatch.setattr(coders, "_blocks", some_blocks)
+    with pytest.raises(KeyboardInterrupt):
+        coders.main([*options, "--out", str(tmp_path / "cut")])
+    results = coders.main([*options, "--out", str(tmp_path / "cut")])["results"]
+    assert json.dumps(results) == json.dumps(whole)  # whose deviations, of one seed, are no numbers
+    assert len(calls) == 9 + 1  # three rows of three calls, of which only the one that failed was made again
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--kl", "0"], r"kl: got 0\.0; pass a number from 0\.1 to 26"),
+        (["--widths", "0"], "widths: got 0; pass 1 or more"),
+        (["--spare-bits", "-3"], "spare_bits: got -3; pass 0 or more"),
+        (["--spare-bits"], "spare_bits: got none; pass one number or more"),
+    ],
+)
+def test_bad_options_are_told_before_the_folder_is_taken(options, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        coders.main([*SMOKE, *options, "--out", str(tmp_path / "run")])
+    assert not (tmp_path / "run").exists()

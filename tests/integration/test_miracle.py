@@ -120,6 +120,10 @@ def test_a_finished_row_is_not_trained_again_and_a_finished_run_is_told(smoke, t
         (["--batch-size", "400"], "batch_size: got 400; pass a number from 1 to 300"),
         (["--batch-size", "0"], "batch_size: got 0; pass 1 or more"),
         (["--spare-bits", "-6"], "spare_bits: got -6; pass 0 or more"),
+        (["--penalty", "0"], r"penalty: got 0\.0; pass 1e-30 or more"),
+        (["--hidden", "0"], "hidden: got 0; pass 1 or more"),
+        (["--rows"], "rows: got none; write one or more, as mean_kl:1500"),
+        (["--network", "lenet5"], "network: got lenet5 with digits; pass --data mnist, or --network mlp"),
     ],
 )
 def test_bad_settings_are_told(tmp_path, arguments, message):

@@ -1,6 +1,5 @@
 """The README's table of results is that of the kept runs, made by the commands beside them."""
 
-import dataclasses
 import json
 from pathlib import Path
 
@@ -19,8 +18,7 @@ def test_the_readme_has_the_table_of_the_kept_runs():
 
 @pytest.mark.parametrize("claim", results.CLAIMS, ids=lambda claim: f"{claim.run}-{claim.metric}")
 def test_a_kept_run_has_the_settings_of_its_command(claim):
-    asked = json.loads(json.dumps(dataclasses.asdict(results.settings_of(claim.command)), default=str))
-    assert not different_settings(results.read_run(claim.run)["config"], asked)
+    assert not different_settings(results.read_run(claim.run)["config"], results.settings_of(claim.command))
 
 
 def test_every_kept_run_has_its_row():
@@ -43,6 +41,20 @@ def test_a_run_is_kept_under_its_name_and_told(tmp_path, monkeypatch):
     text = (tmp_path / "README.md").read_text()
     assert text.startswith("before\n") and text.endswith("after\n")
     assert f"| 1 | `python -m {claim.command}` |" in text
+
+
+def test_a_run_of_another_command_is_not_kept(tmp_path, monkeypatch):
+    claim = results.CLAIMS[0]
+    document = results.read_run(claim.run)
+    monkeypatch.setattr(results, "PUBLISHED", tmp_path / "published")
+    for other, message in (
+        ({"config": document["config"] | {"seeds": 77}}, "with other seeds; keep what python -m experiments"),
+        ({"results": {}}, "with other no config"),
+    ):
+        (tmp_path / "metrics.json").write_text(json.dumps(other))
+        with pytest.raises(ValueError, match=message):
+            results.main(["--keep", f"{claim.run}={tmp_path}"])
+    assert not (tmp_path / "published").exists()
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import re
 import shutil
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import simvq_audio, simvq_image, tokenizers
+from experiments import rows, simvq_audio, simvq_image, tokenizers
 from jaxcl import tokenizer
 
 SMOKE = [
@@ -45,6 +46,15 @@ def test_what_is_left_has_the_promised_form(smoke):
     assert not re.search(r"""(src|href)=["']?(https?:)?//""", page)
     lines = (out / "history.csv").read_text().splitlines()
     assert lines[0] == "row,step,metric,value" and any(line.startswith("lfq:16,6,regulariser,") for line in lines)
+
+
+def test_what_is_not_a_number_is_kept_as_none_and_comes_back(tmp_path):
+    outcomes = [
+        rows.kept(tmp_path / "row.json", lambda: {"results": {"one": 1.0, "undefined": math.nan}}) for _ in range(2)
+    ]
+    for outcome in outcomes:
+        found = rows._columns([outcome["results"]])
+        assert found["one"]["mean"] == 1 and math.isnan(found["undefined"]["mean"])
 
 
 def test_an_interrupted_run_goes_on_bit_for_bit(smoke, tmp_path, monkeypatch):
