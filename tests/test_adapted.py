@@ -131,6 +131,33 @@ def test_inputs_are_measured_without_what_fills_up():
     np.testing.assert_allclose(gram, moments / np.trace(moments), atol=1e-5)
 
 
+def test_a_layer_that_is_called_twice_is_measured_twice():
+    class Twice(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            dense = nn.Dense(WIDTH, name="shared")
+            return dense(x[:, 0]) + dense(x[:, 1])
+
+    net = Twice()
+    params = net.init(jax.random.key(0), TRAIN.inputs[:1])
+    method = adapters.oa_adapter(everywhere, 2, 1, orthogonal_to="inputs")
+
+    def loss(function, head, batch):
+        out = nets.through_layers(function, lambda: net.apply(params, batch.inputs)) @ head
+        value = jnp.mean(out**2)
+        return value, {"loss": value}
+
+    strategy = adapted_network(method, params, continual.Objective(loss, lambda function, head, inputs: inputs))
+    adapter, _ = method.init(jax.random.key(1), params)
+    adapted = Adapted(adapter, jnp.zeros((WIDTH, CLASSES)))
+    batch = continual.Batch(TRAIN.inputs[:6], TRAIN.labels[:6], jnp.ones(6), jnp.ones((6, CLASSES), bool), 0)
+    state = strategy.init(jax.random.key(1), adapted, batch)
+    after = strategy.observe(jax.random.key(2), adapted, state, batch)
+    own = params["params"]["shared"]
+    x = TRAIN.inputs[:6, :2].reshape(-1, 4) @ own["kernel"] + own["bias"]
+    np.testing.assert_allclose(after.measured["params/shared/kernel"], x.T @ x, rtol=1e-4, atol=1e-4)
+
+
 def test_any_strategy_trains_a_plain_lora():
     method = adapters.lora(everywhere, 2)
     features = adapted_features(method, layers)

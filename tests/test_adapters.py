@@ -421,6 +421,28 @@ def test_what_tasks_cost():
     assert cost.basis_bytes == 4 * (5 * 5 + 5 * 2)
 
 
+def test_a_task_too_many_is_told_with_what_tasks_cost():
+    method = adapters.incremental_lora(hidden, 2, 1)
+    adapter, state = method.init(jax.random.key(0), PARAMS)
+    for _ in range(2):
+        adapter, state = jax.jit(method.commit)(jax.random.key(1), adapter, state)
+    with pytest.raises(ValueError, match="state: got 2 tasks in room for 1; make the method with more tasks"):
+        adapters.budget(state)
+
+
+@pytest.mark.parametrize("placement", ["parallel", "sequential"])
+def test_outputs_keep_the_type_of_the_layer(placement):
+    """Which computes in bfloat16, while float32 goes in."""
+    net = nn.Dense(3, dtype=jnp.bfloat16)
+    x = jnp.ones((2, 4))
+    params = net.init(jax.random.key(0), x)
+    method = adapters.lora(lambda path: path.endswith("kernel"), 2, placement=placement)
+    adapter, state = method.init(jax.random.key(1), params)
+    function = adapters.layer_function(method.changes(scattered(adapter), state), placement)
+    out = nets.through_layers(function, lambda: net.apply(params, x))
+    assert out.dtype == jnp.bfloat16 and np.any(out != net.apply(params, x))
+
+
 # Bad arguments
 
 

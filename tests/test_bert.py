@@ -92,6 +92,7 @@ def test_minilm_is_that_of_the_reference():
         ({"intermediate_size": 63}, r"mis-shaped: .*encoder.layer.0.intermediate.dense.weight \(64, 32\) for .*63"),
         ({"hidden_act": "swish"}, "activation: got 'swish'; choose one of"),
         ({"num_attention_heads": 5}, "width: got 32; pass a multiple of heads, which are 5"),
+        ({"is_decoder": True}, "is_decoder true; pass a folder with a BERT encoder"),
     ],
 )
 def test_other_folders_are_refused(changes, message, folder, tmp_path):
@@ -112,10 +113,14 @@ def test_texts_that_are_too_long_are_refused(folder):
         net.apply(params, jnp.zeros((1, 25), jnp.int32))
 
 
-def test_names_with_the_encoder_in_front_are_read(folder, tmp_path):
+def test_names_of_googles_files_and_of_heads_are_read(folder, tmp_path):
     from safetensors.numpy import load_file, save_file
 
     path = changed_config(folder, tmp_path)
     tensors = load_file(path / "model.safetensors")
-    save_file({f"bert.{name}": tensor for name, tensor in tensors.items()}, path / "model.safetensors")
+    older = {
+        f"bert.{name.replace('LayerNorm.weight', 'LayerNorm.gamma').replace('LayerNorm.bias', 'LayerNorm.beta')}": of
+        for name, of in tensors.items()
+    }
+    save_file(older | {"qa_outputs.bias": np.zeros(2, np.float32)}, path / "model.safetensors")
     jax.tree.map(np.testing.assert_array_equal, nets.load_bert(path)[1], nets.load_bert(folder)[1])

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import both_ways, drawn
+from helpers import both_ways, drawn, plain
 
 from jaxcl import nets
 
@@ -127,8 +127,24 @@ def test_decoding_stops_when_all_have_ended():
         assert len(steps) == count
 
 
+@KINDS
+def test_any_of_several_tokens_ends_a_text(kind):
+    net, params = network(kind)
+    first, second = (int(again(kind)[row, place]) for row, place in ((0, 2), (1, 1)))
+    found = decode(net, end=[first, second], padding=29)(params, TOKENS, MASK)
+    expected = again(kind).copy()
+    for row in expected:
+        ended = np.flatnonzero((row == first) | (row == second))
+        row[ended[0] + 1 if len(ended) else LENGTH :] = 29
+    np.testing.assert_array_equal(found, expected)
+
+
 def test_other_arguments_are_refused():
     net, params = network("llama")
+    with pytest.raises(ValueError, match="mask: got texts with padding before a token; pad texts on the right"):
+        decode(net, plain)(params, TOKENS, MASK[:, ::-1])
+    with pytest.raises(ValueError, match="end: got None; pass the token that ends a text, or some"):
+        decode(net, end=None)(params, TOKENS)
     with pytest.raises(ValueError, match="length: got 0; pass 1 or more"):
         decode(net, length=0)(params, TOKENS)
     with pytest.raises(ValueError, match=r"tokens: got shape \(6,\)"):

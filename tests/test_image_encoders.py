@@ -143,6 +143,14 @@ def test_resnet_features_are_those_of_the_formula(kind, tmp_path):
     assert_close(jax.jit(net.apply)(params, IMAGES), expected, 1e-4)
 
 
+@pytest.mark.parametrize("shape", [(), (1,)])
+def test_a_normalisation_of_another_width_is_listed(shape, tmp_path):
+    tensors = resnet_tensors(False) | {f"bn1.{name}": np.ones(shape, np.float32) for name in ("weight", "running_var")}
+    save_file(tensors, tmp_path / "resnet.safetensors")
+    with pytest.raises(ValueError, match=r"mis-shaped: .*bn1.* \(one number for each of \d+ channels is needed\)"):
+        nets.load_resnet50(tmp_path / "resnet.safetensors")
+
+
 def test_resnet50_has_as_many_parameters_as_is_known():
     """25,557,032 of torchvision's less the classifier's 2,049,000 and, folded, a scale a channel: 26,560."""
     shapes = jax.eval_shape(nets.ResNet50().init, jax.random.key(0), jnp.zeros((1, 64, 64, 3)))

@@ -177,6 +177,7 @@ def test_other_ranks_are_refused():
         ({"num_decoder_layers": 1}, "unexpected: decoder.block.1.layer"),
         ({"d_ff": 63}, r"mis-shaped: .*layer.2.DenseReluDense.wi.weight \(64, 32\) for .*\(32, 63\)"),
         ({"tie_word_embeddings": False}, "missing: lm_head.weight"),
+        ({"decoder_start_token_id": 7}, "decoder_start_token_id 7; pass a T5 that begins to write at 0"),
         ({"feed_forward_proj": "gated-gelu"}, r"missing: .*wi_0.weight.*unexpected: .*wi.weight"),
     ],
 )

@@ -47,6 +47,26 @@ def log_likelihoods(net, row):
     return np.asarray(jax.nn.log_softmax(logits))[np.arange(len(answer)), answer]
 
 
+@pytest.mark.parametrize(
+    ("answers", "message"),
+    [
+        (
+            [[5, 6, 1], [7, 1, 0]],
+            r"answers: got \[7, 1, 0\] for class 1; put the end, 1, after its tokens and -1 wherever",
+        ),
+        ([[5, -1, -1], [7, 1, -1]], r"answers: got \[5, -1, -1\] for class 0"),
+        ([[5, -1, 1]], r"answers: got \[5, -1, 1\]"),
+        ([[5, 1, 1]], r"answers: got \[5, 1, 1\]"),
+        ([[5, 1, -2]], r"answers: got \[5, 1, -2\]"),
+        ([[5, 1], [5, 1]], "answers: got the same for two classes; give each class a name of its own"),
+    ],
+)
+def test_answers_that_could_never_be_written_are_refused(answers, message):
+    with pytest.raises(ValueError, match=message):
+        nets.text_to_text(T5, PARAMS[T5], np.array(answers))
+    nets.text_to_text(T5, PARAMS[T5], np.array([[1, -1], [0, 1], [2, 3]]))  # the last has no room for an end
+
+
 @both
 def test_the_loss_is_that_of_the_answers_tokens(net):
     loss = jax.jit(partial(nets.text_to_text(net, PARAMS[net], ANSWERS).loss, nothing, ()))

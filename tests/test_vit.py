@@ -148,11 +148,23 @@ def test_what_does_not_belong_is_listed(tmp_path):
         nets.load_vit(path)
 
 
-@pytest.mark.parametrize(("name", "shape"), [("patch_embed.proj.weight", (8, 48)), ("pos_embed", (1, 4, 8))])
+@pytest.mark.parametrize(("name", "shape"), [
+    ("patch_embed.proj.weight", (8, 48)), ("patch_embed.proj.weight", (8, 3, 0, 0)), ("pos_embed", (1, 4, 8)),
+    ("pos_embed", (0, 8)),
+])  # fmt: skip
 def test_tensors_of_no_vit_are_told(name, shape, tmp_path):
     tensors = random_tensors("timm")[0] | {name: np.zeros(shape, np.float32)}
     save_file(tensors, tmp_path / "vit.safetensors")
     with pytest.raises(ValueError, match=r"path: got .*, with patches of shape .* and positions of shape"):
+        nets.load_vit(tmp_path / "vit.safetensors")
+
+
+@pytest.mark.parametrize(("name", "shape"), [("proj", (8,)), ("transformer.resblocks.0.mlp.c_fc.weight", ())])
+def test_tensors_of_another_rank_are_listed(name, shape, tmp_path):
+    tensors = random_tensors("clip")[0]
+    assert name in tensors
+    save_file(tensors | {name: np.zeros(shape, np.float32)}, tmp_path / "vit.safetensors")
+    with pytest.raises(ValueError, match=rf"mis-shaped: .*{name} "):
         nets.load_vit(tmp_path / "vit.safetensors")
 
 

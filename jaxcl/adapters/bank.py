@@ -9,7 +9,7 @@ import numpy as np
 from jaxcl.adapters.contract import Budget, Factors, Site, product
 from jaxcl.adapters.subspaces import Protected
 from jaxcl.trees import byte_count, commit
-from jaxcl.typing import Array
+from jaxcl.typing import Array, bad_argument
 
 
 class AdapterState(NamedTuple):
@@ -47,7 +47,14 @@ def commit_factors(state: AdapterState, factors: Mapping[str, Factors]) -> Adapt
 
 
 def budget(state: AdapterState) -> Budget:
-    """What each task [T] costs, in ranks, parameters and bytes."""
+    """What each task [T] costs, in ranks, parameters and bytes.
+
+    Raises:
+        ValueError: more tasks than there is room for were committed, which compiled code does not tell.
+    """
+    tasks = len(next(iter(state.bank.values())).gate)
+    if state.committed > tasks:
+        raise bad_argument("state", f"{state.committed} tasks in room for {tasks}", "make the method with more tasks")
     active = {path: np.count_nonzero(np.asarray(own.gate), axis=1) for path, own in state.bank.items()}
     parameters = sum(active[path] * (own.down.shape[1] + own.up.shape[2] + 1) for path, own in state.bank.items())
     return Budget(active, np.asarray(parameters), 4 * np.asarray(parameters), byte_count(state.protected))

@@ -64,7 +64,8 @@ class Adapter(NamedTuple):
     measure: Callable[[PyTree, Mapping[str, Array]], PyTree] | None
     # (state, by site the sum [D, D] of x x^T over a batch) -> state, in one more pass over a task; None if not needed
     commit: Callable[[Key, PyTree, PyTree], tuple[PyTree, PyTree]]
-    # (key, adapter, state) -> (adapter, state) at a task's end: the adapter is kept, and a new one begins
+    # (key, adapter, state) -> (adapter, state) at a task's end: the adapter is kept, and a new one begins; under `jit`
+    # no one tells of a task too many, but `budget`
     placement: Placement  # whether x is what goes into the layer or what comes out of it
     tasks: int | None  # how many the state has room for; None is any number
 
@@ -111,7 +112,8 @@ def layer_function(changes: Mapping[str, Change], placement: Placement) -> Layer
     def function(path: str, inputs: Array, outputs: Array) -> Array:
         if path not in changes:
             return outputs
-        return outputs + added(changes[path], inputs if placement == "parallel" else outputs)
+        x = inputs if placement == "parallel" else outputs
+        return outputs + added(changes[path], x).astype(outputs.dtype)  # which may be narrower than the inputs'
 
     return function
 

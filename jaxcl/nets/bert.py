@@ -34,6 +34,7 @@ _SIZES = {
     "epsilon": "layer_norm_eps",
     "activation": "hidden_act",
 }
+_DEFAULTS = {"is_decoder": False}
 # {part of a layer: its tensors' name}
 _DENSE = {
     "query": "attention.self.query",
@@ -169,20 +170,28 @@ def load_bert(folder: str | Path, dtype: DTypeLike = jnp.float32) -> tuple[BERT,
 
     Raises:
         ImportError: the safetensors package is missing.
-        ValueError: config.json is damaged, lacks a size or is not BERT's; tensors are damaged, or not those that the
-            sizes ask for: one error lists them.
+        ValueError: config.json is damaged, lacks a size or is not that of BERT's encoder; tensors are damaged, or not
+            those that the sizes ask for: one error lists them.
         OSError: a file cannot be read, or is not there.
     """
-    net = BERT(**read_config(folder, "bert", "a BERT encoder", _SIZES, BERT), dtype=dtype)
+    config = read_config(folder, "bert", "a BERT encoder", _SIZES | {"decoder": "is_decoder"}, BERT, _DEFAULTS)
+    if config.pop("decoder"):
+        raise bad_argument("folder", f"{folder}: is_decoder true", "pass a folder with a BERT encoder")
+    net = BERT(**config, dtype=dtype)
     template = jax.eval_shape(net.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
     tensors = read_checkpoint(folder)
-    # Checkpoints with a head name the encoder in front.
-    tensors = {name.removeprefix("bert."): tensor for name, tensor in tensors.items()}
+    tensors = {_renamed(name): tensor for name, tensor in tensors.items()}
 
     def ignored(name: str) -> bool:
-        return name.startswith(("pooler.", "cls.", "classifier.")) or name.endswith("position_ids")
+        return name.startswith(("pooler.", "cls.", "classifier.", "qa_outputs.")) or name.endswith("position_ids")
 
     return net, load_by_name(tensors, _sources(net.layers), template, ignored=ignored)
+
+
+def _renamed(name: str) -> str:
+    """A tensor's name, without the encoder's that files with a head put in front, and as later files have it."""
+    name = name.removeprefix("bert.")
+    return name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
 
 
 def minilm_folder() -> Path:

@@ -1,12 +1,12 @@
 """Greedy decoding: the likeliest token, one after the other, with the keys and values of earlier ones kept."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from jaxcl.typing import Array, PyTree, check_count
+from jaxcl.typing import Array, ArrayLike, PyTree, bad_argument, check_count
 
 
 class KeysValues(NamedTuple):
@@ -34,7 +34,7 @@ def greedy_decode(
     mask: Array | None = None,
     *,
     length: int,
-    end: int,
+    end: ArrayLike | int | Sequence[int],
     padding: int = 0,
 ) -> Array:
     """Tokens [B, length], int32, each the likeliest after those before it; once `end` is chosen, only `padding` comes.
@@ -48,17 +48,20 @@ def greedy_decode(
         mask: [B, T], true or 1 where there is a token; all if None. Llama's texts start with a token, and their padding
             is on the right.
         length: most tokens to choose.
-        end: the token that ends a text.
+        end: the token that ends a text, or several, any of which does.
         padding: what stands after it; a token, or less than 0.
 
     Raises:
-        ValueError: a length below 1, tokens of another rank.
+        ValueError: a length below 1, tokens of another rank, an end that is no token.
     """
     check_count("length", length, 1)
+    ends = jnp.asarray([] if end is None else end)
+    if not jnp.issubdtype(ends.dtype, jnp.integer):
+        raise bad_argument("end", end, "pass the token that ends a text, or some")
 
     def choose(logits: Array, ended: Array) -> tuple[Array, Array]:
         token = jnp.where(ended, padding, jnp.argmax(logits, axis=-1).astype(jnp.int32))
-        return token, ended | (token == end)
+        return token, ended | jnp.isin(token, ends)
 
     def unfinished(state: tuple[Array, Array, Array, Array, PyTree]) -> Array:
         count, _, _, ended, _ = state

@@ -137,6 +137,10 @@ class Llama(nn.Module):
             length: tokens to choose, of which `step` takes all but the last.
         """
         check_rank("tokens", tokens, 2)
+        if mask is not None and not isinstance(mask, jax.core.Tracer):
+            real = np.asarray(mask, bool)
+            if not real[:, 0].all() or np.any(real[:, 1:] > real[:, :-1]):
+                raise bad_argument("mask", "texts with padding before a token", "pad texts on the right")
         x, layers = self._vectors(tokens, jnp.arange(tokens.shape[1]))
         positions = jnp.full(len(tokens), tokens.shape[1]) if mask is None else jnp.asarray(mask, bool).sum(axis=1)
         last = jnp.take_along_axis(x, positions[:, None, None] - 1, axis=1)

@@ -37,6 +37,7 @@ _CONFIG = {
     "feed_forward": "feed_forward_proj",
     "tied": "tie_word_embeddings",
     "scaled": "scale_decoder_outputs",
+    "first": "decoder_start_token_id",
 }
 _DEFAULTS = {
     "num_decoder_layers": None,
@@ -44,6 +45,7 @@ _DEFAULTS = {
     "feed_forward_proj": "relu",
     "tie_word_embeddings": True,
     "scale_decoder_outputs": None,
+    "decoder_start_token_id": None,
 }
 _EMBEDDING = "shared"
 
@@ -316,7 +318,9 @@ def load_t5(folder: str | Path, dtype: DTypeLike = jnp.float32) -> tuple[T5, PyT
         OSError: a file cannot be read, or is not there.
     """
     config = read_config(folder, "t5", "a T5", _CONFIG, T5, _DEFAULTS)
-    feed_forward, scaled = config.pop("feed_forward"), config.pop("scaled")
+    feed_forward, scaled, first = (config.pop(name) for name in ("feed_forward", "scaled", "first"))
+    if first not in (0, None):
+        raise bad_argument("folder", f"{folder}: decoder_start_token_id {first}", "pass a T5 that begins to write at 0")
     check_choice("feed_forward_proj", feed_forward, _FEED_FORWARDS)
     config["activation"], config["gated"] = _FEED_FORWARDS[feed_forward]
     if scaled is not None:  # transformers 5 writes that all heads are tied, and here which truly are

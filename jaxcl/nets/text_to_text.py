@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from jaxcl.adapters import LayerFunction
@@ -13,7 +14,7 @@ from jaxcl.nets.generation import greedy_decode
 from jaxcl.nets.interception import through_layers
 from jaxcl.nets.llama import Llama
 from jaxcl.nets.t5 import T5
-from jaxcl.typing import Array, ArrayLike, PyTree, check_rank
+from jaxcl.typing import Array, ArrayLike, PyTree, bad_argument, check_rank
 
 NO_TOKEN = -1  # fills texts and answers up; 0 is a token to some, as to Llama 3
 
@@ -33,9 +34,10 @@ def text_to_text(network: T5 | Llama, params: PyTree, answers: ArrayLike, *, end
         end: the token that ends an answer, 1 for T5, 2 for Llama.
 
     Raises:
-        ValueError: answers of another rank.
+        ValueError: answers of another rank, one that is short and does not end so, or two that are the same.
     """
     check_rank("answers", answers, 2)
+    _check_ends(np.asarray(answers), end)
     names = jnp.asarray(answers, jnp.int32)
 
     def loss(function: LayerFunction, head: PyTree, batch: Batch) -> tuple[Array, Metrics]:
@@ -76,6 +78,20 @@ def real_tokens(network: T5 | Llama, answers: ArrayLike) -> Callable[[str, Batch
         return ((targets if of_decoder else batch.inputs) != NO_TOKEN).astype(jnp.float32)
 
     return real
+
+
+def _check_ends(answers: np.ndarray, end: int) -> None:
+    """Raises ValueError if answers [K, U] could never be written, or one of them is two classes'."""
+    ends = answers == end
+    after = np.cumsum(ends, axis=1) - ends > 0  # nowhere in an answer that takes all U tokens
+    wrong = ((answers == NO_TOKEN) != after) | (answers < NO_TOKEN)
+    for number in np.flatnonzero(wrong.any(axis=1)):
+        raise bad_argument(
+            "answers", f"{answers[number].tolist()} for class {number}",
+            f"put the end, {end}, after its tokens and {NO_TOKEN} wherever there is none",
+        )  # fmt: skip
+    if len(np.unique(answers, axis=0)) < len(answers):
+        raise bad_argument("answers", "the same for two classes", "give each class a name of its own")
 
 
 def _forced(network: T5 | Llama, params: PyTree, tokens: Array, targets: Array) -> Array:

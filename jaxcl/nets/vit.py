@@ -113,6 +113,7 @@ def load_vit(path: str | Path, *, activation: Activation | None = None) -> tuple
     if (
         patches.ndim != 4
         or positions.ndim < 2
+        or 0 in patches.shape + positions.shape
         or round((positions.shape[-2] - 1) ** 0.5) ** 2 != positions.shape[-2] - 1
     ):
         raise bad_argument(
@@ -120,15 +121,15 @@ def load_vit(path: str | Path, *, activation: Activation | None = None) -> tuple
             "pass a ViT with kernels [width, 3, patch, patch] and a class token before a square of positions",
         )  # fmt: skip
     width, _, patch, _ = patches.shape
-    first = names["intermediate"].format(0) + ".weight"
+    inner, projection = tensors.get(names["intermediate"].format(0) + ".weight"), tensors.get("proj") if clip else None
     net = ViT(
         patch,
         width,
         layers=sum(names["layer"].format(number) + ".weight" in tensors for number in range(len(tensors))),
         heads=min(max(1, width // _HEAD_WIDTH), _MOST_HEADS),
-        hidden=tensors[first].shape[0] if first in tensors else 4 * width,
+        hidden=inner.shape[0] if inner is not None and inner.ndim == 2 else 4 * width,  # else an error lists it
         positions=positions.shape[-2],
-        projected=tensors["proj"].shape[1] if clip and "proj" in tensors else None,
+        projected=None if projection is None else projection.shape[1] if projection.ndim == 2 else width,
         epsilon=1e-5 if clip else 1e-6,
         activation=activation or ("quick_gelu" if clip else "gelu"),
     )

@@ -217,7 +217,7 @@ def load_by_name(
         given = " and ".join(f"{name} {tensors[name].shape}" for name in names)
         try:
             value = transform(*(tensors[name] for name in names))
-        except ValueError as error:  # such as a transposition of too many axes
+        except (ValueError, IndexError) as error:  # such as a transposition of too many axes
             faults["mis-shaped"].append(f"{given} for {path} ({error})")
             continue
         if value.shape == shapes[path].shape:
@@ -256,15 +256,17 @@ def folded(path: str, convolution: str, norm: str, *, epsilon: float, squeeze: b
         squeeze: whether axes of length 1 are left out.
     """
 
-    def factor(scale: np.ndarray, variance: np.ndarray) -> np.ndarray:
+    def factor(scale: np.ndarray, variance: np.ndarray, channels: int) -> np.ndarray:
+        if scale.shape != (channels,) or variance.shape != (channels,):
+            raise ValueError(f"one number for each of {channels} channels is needed")
         return scale / np.sqrt(variance.astype(np.float64) + epsilon)
 
     def kernel(weight: np.ndarray, scale: np.ndarray, variance: np.ndarray) -> np.ndarray:
-        made = (weight * factor(scale, variance)[:, None, None, None]).transpose(2, 3, 1, 0)
+        made = (weight * factor(scale, variance, len(weight))[:, None, None, None]).transpose(2, 3, 1, 0)
         return made.squeeze() if squeeze else made
 
     def shift(bias: np.ndarray, mean: np.ndarray, scale: np.ndarray, variance: np.ndarray) -> np.ndarray:
-        return bias - mean * factor(scale, variance)
+        return bias - mean * factor(scale, variance, bias.size)
 
     scale, bias, mean, variance = (f"{norm}.{part}" for part in ("weight", "bias", "running_mean", "running_var"))
     return {

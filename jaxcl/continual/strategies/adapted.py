@@ -120,7 +120,8 @@ def adapted_network(
 
     def observe(key: Key, params: Adapted, state: PyTree, batch: Batch) -> PyTree:
         assert method.measure is not None  # or it would not be called
-        sites, moments = method.changes(params.adapter, state).keys(), {}
+        sites = method.changes(params.adapter, state).keys()
+        moments: dict[str, Array] = {}
         adapted = function(params, state)
 
         def measuring(path: str, inputs: Array, outputs: Array) -> Array:
@@ -129,7 +130,8 @@ def adapted_network(
                 weights = batch.weights.reshape(-1, *[1] * (x.ndim - 2))
                 if counted is not None:
                     weights = weights * counted(path, batch)
-                moments[path] = second_moments(x, jnp.broadcast_to(weights, x.shape[:-1]))
+                of_call = second_moments(x, jnp.broadcast_to(weights, x.shape[:-1]))
+                moments[path] = moments[path] + of_call if path in moments else of_call  # a layer may be called twice
             return adapted(path, inputs, outputs)
 
         objective.loss(measuring, params.head, batch)
