@@ -19,7 +19,7 @@ from experiments.keys import Indexed, KeyFitting, key_figures, train_bottleneck
 from jaxcl import bottleneck, continual, data, nets
 from jaxcl.bottleneck import Bottleneck
 from jaxcl.continual import Strategy, Stream, streams
-from jaxcl.typing import Key, bad_argument
+from jaxcl.typing import Key, bad_argument, check_at_least, check_between
 
 Method = Literal[
     "naive", "linear_probe", "nearest_class_mean", "streaming_lda", "ridge", "dkvb", "joint", "joint_linear_probe"
@@ -116,13 +116,15 @@ def run(config: Config, *, experiment: str) -> dict[str, Any]:
         "streaming_lda": continual.streaming_lda(shrinkage=config.lda_shrinkage),
         "ridge": continual.ridge_classifier(strength=config.ridge_strength),
     }
-    layer = make_layer(config, tasks[0])  # before any training, so that what is wrong about it is told at once
+    # Before any training, so that what is wrong about the bottleneck is told at once
+    layer = make_layer(config, tasks[0])
+    source = key_source(config, tasks[0]) if "dkvb" in config.methods else None
     for name in config.methods:
         of_method = [streams.joint(stream) for stream in tasks] if name.startswith("joint") else tasks
         if name in closed_forms:
             _closed_form(run, config, name, closed_forms[name], of_method, run_keys)
         elif name == "dkvb":
-            train_dkvb(run, config, layer, of_method, init_keys, run_keys)
+            train_dkvb(run, config, layer, source, of_method, init_keys, run_keys)
         elif name.endswith("linear_probe"):
             _linear_probe(run, config, name, of_method, run_keys)
         else:
@@ -132,6 +134,8 @@ def run(config: Config, *, experiment: str) -> dict[str, Any]:
 
 def make_layer(config: Config, stream: Stream) -> Bottleneck:
     """The bottleneck that `config` describes, for the features of a stream."""
+    if config.value_width is not None and config.decoder == "voting":
+        check_at_least("value_width", config.value_width, stream.eligible.shape[1])
     return bottleneck.discrete_key_value_bottleneck(
         stream.train.inputs.shape[1],
         config.value_width or stream.eligible.shape[1],
@@ -143,18 +147,29 @@ def make_layer(config: Config, stream: Stream) -> Bottleneck:
     )
 
 
+def key_source(config: Config, stream: Stream) -> np.ndarray | None:
+    """The features [N, D] that keys are fitted to, if they are not the stream's own."""
+    if config.key_source == "stream":
+        return None
+    name = config.data if config.key_source == "noise" else config.key_source
+    others = load_features(
+        name, encoder=config.encoder, weights=config.weights,
+        folder=config.features, limit=config.limit, noise=config.key_source == "noise",
+    )  # fmt: skip
+    given, wanted = (part.train.inputs.shape[-1] for part in (others, stream))
+    if given != wanted:
+        raise bad_argument(
+            "key_source", f"{config.key_source}, {given} wide", f"choose one {wanted} wide, as {config.data}"
+        )
+    return np.asarray(others.train.inputs)
+
+
 def train_dkvb(
-    run: Run, config: Config, layer: Bottleneck, tasks: Sequence[Stream], init_keys: Sequence[Key], keys: Key
-) -> list[Indexed]:
+    run: Run, config: Config, layer: Bottleneck, source: np.ndarray | None, tasks: Sequence[Stream],
+    init_keys: Sequence[Key], keys: Key,
+) -> list[Indexed]:  # fmt: skip
     """Trains the bottleneck `layer` as method "dkvb" of `run`; see `train_bottleneck`."""
-    classes, source = tasks[0].eligible.shape[1], None
-    if config.key_source != "stream":
-        name = config.data if config.key_source == "noise" else config.key_source
-        others = load_features(
-            name, encoder=config.encoder, weights=config.weights,
-            folder=config.features, limit=config.limit, noise=config.key_source == "noise",
-        )  # fmt: skip
-        source = np.asarray(others.train.inputs)
+    classes = tasks[0].eligible.shape[1]
     share = config.projection_share if config.projection == "learned" else None
     hidden = {"voting": None, "linear": (), "mlp": (128,)}[config.decoder]
     indexed = train_bottleneck(
@@ -168,7 +183,16 @@ def train_dkvb(
 
 
 def prepare(config: Config) -> tuple[list[Stream], list[Key], Key]:
-    """For each seed a stream, a key for initial parameters, and [S] a key for training."""
+    """For each seed a stream, a key for initial parameters, and [S] a key for training.
+
+    Raises:
+        ValueError: options of the bottleneck that do not go together, or are out of range.
+    """
+    if "dkvb" in config.methods:
+        check_at_least("key_epochs", config.key_epochs, 1 if config.keys == "simvq" else 0)
+        check_between("projection_share", config.projection_share, 1e-12, 1)
+        if config.dual and config.decoder != "voting":
+            raise bad_argument("dual", True, "a decoder is trained without it: leave one of the two out")
     if "dkvb" in config.methods and config.dual and (config.mesh or config.tensorboard):
         raise bad_argument(
             "dual",

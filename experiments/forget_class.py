@@ -78,7 +78,8 @@ def run_experiment(config: Config) -> dict[str, Any]:
         return document
     tasks, init_keys, keys = class_incremental.prepare(config)
     layer = class_incremental.make_layer(config, tasks[0])
-    indexed = class_incremental.train_dkvb(run, config, layer, tasks, init_keys, keys)
+    source = class_incremental.key_source(config, tasks[0])
+    indexed = class_incremental.train_dkvb(run, config, layer, source, tasks, init_keys, keys)
     classes = tasks[0].eligible.shape[1]
     found = [
         delete_each(layer, of_seed, result.params, np.asarray(stream.train.labels), classes)

@@ -75,7 +75,7 @@ class Config(RunConfig):
     refresh_every: int = 20
     """Steps from one check of the keys to the next."""
     shift: float = 0.15
-    """A codebook is cared for if its shift is above this: see bottleneck.KeyPolicy."""
+    """A codebook is cared for if its shift is above this, and above chance: see bottleneck.KeyPolicy."""
     far: float = 0.9
     """Heads that lie farther out than this share of the first task's may become keys."""
     most: int = 16
@@ -105,6 +105,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     config = parse_command(preset, data=("digits", "mnist"), argv=argv, description=__doc__ or "")
     check_between("spare", config.spare, 1, config.pairs - 1)
     check_at_least("refresh_every", config.refresh_every, 1)
+    check_at_least("key_epochs", config.key_epochs, 0)
+    check_between("shift", config.shift, 0, 1)
+    check_between("far", config.far, 0, 1)
+    check_at_least("most", config.most, 1)
     if config.mesh or config.tensorboard:
         raise bad_argument(
             "mesh",
@@ -121,9 +125,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     figures: dict[str, Any] = {}
     found: dict[str, Any] = {}
     for method in METHODS:
-        width = tasks[0].train.inputs.shape[1]
+        width, classes = tasks[0].train.inputs.shape[1], tasks[0].eligible.shape[1]
         layer = bottleneck.discrete_key_value_bottleneck(
-            width, 10, codebooks=config.codebooks, pairs=config.pairs, key_width=config.key_width,
+            width, classes, codebooks=config.codebooks, pairs=config.pairs, key_width=config.key_width,
             spare=0 if method == "all_keys" else config.spare,
         )  # fmt: skip
         results: list[Result] = []
@@ -200,7 +204,11 @@ def _shifts(config: Config, result: Result, stream: Stream) -> dict[str, Any]:
         return {}
     at = [steps[number] for number, _ in decisions]
     shift = np.stack([care.health.shift for _, care in decisions], axis=1)
-    lines = {"largest": shift.max(axis=0), "median": np.median(shift, axis=0), "threshold": [config.shift] * len(at)}
+    lines = {
+        "largest": shift.max(axis=0),
+        "median": np.median(shift, axis=0),
+        "threshold": [float(care.above) for _, care in decisions],
+    }
     figure = report.line_plot({name: np.array([at, line]) for name, line in lines.items()}, "training step", "shift")
     return {"How far the data shifted, over codebooks (first seed, with care)": figure}
 

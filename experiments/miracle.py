@@ -159,8 +159,6 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     check_at_least("first_budget", config.first_budget, 1)
     check_at_least("penalty", config.penalty, 1e-30)
     check_between("bits", config.bits, 0.1, coding.MOST_BITS - config.spare_bits)
-    for width in config.hidden:
-        check_at_least("hidden", width, 1)
     if (data_of := {"lenet5": "mnist", "vgg16": "cifar10"}.get(config.network, config.data)) != config.data:
         raise bad_argument(
             "network", f"{config.network} with {config.data}", f"pass --data {data_of}, or --network mlp"

@@ -20,12 +20,19 @@ Outcome = dict[str, Any]  # of a row with one seed: "results" and "costs", each 
 
 def kept(path: Path, work: Callable[[], Outcome]) -> Outcome:
     """What the file holds, or, where there is none, what `work` comes to, which is then kept in it."""
-    if path.exists():
-        outcome: Outcome = report.read_json(path)
-        return outcome
-    outcome = work()
-    report.write_json(path, outcome)
+    if not path.exists():
+        report.write_json(path, work())
+    outcome: Outcome = _numbers(report.read_json(path))
     return outcome
+
+
+def _numbers(value: Any) -> Any:
+    """What a file has as null was no finite number."""
+    if isinstance(value, dict):
+        return {name: _numbers(part) for name, part in value.items()}
+    if isinstance(value, list):
+        return [_numbers(part) for part in value]
+    return math.nan if value is None else value
 
 
 def finish(
@@ -67,10 +74,8 @@ def finish(
 
 
 def _columns(of_seeds: Sequence[Mapping[str, float]]) -> dict[str, Any]:
-    """Each metric over the seeds, of what each seed came to; files have null for what is not a number."""
-    return over_seeds(**{
-        name: [math.nan if one[name] is None else one[name] for one in of_seeds] for name in of_seeds[0]
-    })  # fmt: skip
+    """Each metric over the seeds, of what each seed came to."""
+    return over_seeds(**{name: [one[name] for one in of_seeds] for name in of_seeds[0]})
 
 
 def _history_csv(histories: Mapping[str, History]) -> str:

@@ -223,6 +223,8 @@ def figures(shown: Mapping[str, np.ndarray]) -> dict[str, "Figure"]:
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Runs the experiment; returns what is in metrics.json."""
     config = parse_command(preset, data=NAMES, argv=argv, description=__doc__ or "")
+    if config.perceptual_weight:
+        feature_maps()  # so that missing weights are told at once
     return run(config, "simvq_image", material_of(config))
 
 

@@ -28,7 +28,17 @@ from jaxcl.continual.checkpoints import Checkpoint, Checkpoints
 from jaxcl.continual.sharding import Layout
 from jaxcl.quantize import Quantizer
 from jaxcl.tokenizer import Adversary, Network, TrainState
-from jaxcl.typing import Array, ArrayLike, Key, PyTree, RandomAccess, bad_argument, check_at_least, check_choice
+from jaxcl.typing import (
+    Array,
+    ArrayLike,
+    Key,
+    PyTree,
+    RandomAccess,
+    bad_argument,
+    check_at_least,
+    check_between,
+    check_choice,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -164,6 +174,9 @@ def run(config: TokenizerConfig, experiment: str, material: Material) -> dict[st
     check_at_least("seeds", config.seeds, 1)
     check_at_least("steps", config.steps, 1)
     check_at_least("rows", len(config.rows), 1)
+    check_at_least("examples", config.examples, 1)
+    check_at_least("prior_steps", config.prior_steps, 1)
+    check_between("batch_size", config.batch_size, 1, len(material.train))
     vectors = _vectors(config, material)
     rows = {name: _parse(name, config, vectors) for name in config.rows}  # a misspelt one is told before any work
     if config.prior_row is not None:
@@ -172,6 +185,8 @@ def run(config: TokenizerConfig, experiment: str, material: Material) -> dict[st
             raise bad_argument(
                 "prior_row", config.prior_row, "leave it out: a prior knows no empty positions, as of clips"
             )
+    for name, row in rows.items():
+        _Row(config, material, name, *row, 0)  # so that what is wrong about its training is told as well
     began = time.perf_counter()
     settings = claim_folder(config)
     if (document := finished_before(config.out)) is not None:
@@ -304,8 +319,6 @@ class _Row:
         """(step, (inputs, mask)) from a step on; which they are, the seed and the step alone decide."""
         size, order_of = self._config.batch_size, -1
         per_epoch = len(self._material.train) // size
-        if not per_epoch:
-            raise bad_argument("batch_size", size, f"pass {len(self._material.train)}, the training examples, or fewer")
         for now in range(start, self._config.steps):
             epoch, place = divmod(now, per_epoch)
             if epoch != order_of:

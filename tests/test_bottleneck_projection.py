@@ -44,6 +44,15 @@ def test_the_share_decides_how_many_directions_count():
         assert np.linalg.matrix_rank(columns, tol=1e-4 * np.linalg.norm(columns)) == directions
 
 
+def test_features_that_are_not_finite_do_not_count():
+    features, _ = uneven_features()
+    _, state = LAYER.init(jax.random.key(0))
+    expected = bn.learn_projection(jax.random.key(1), state, jnp.asarray(features[1:]))
+    spoilt = jnp.asarray(features).at[0, 3].set(jnp.nan)
+    assert_close(bn.learn_projection(jax.random.key(1), state, spoilt).projection, expected.projection, 1e-4)
+    assert not bn.learn_projection(jax.random.key(1), state, jnp.ones((9, 12))).projection.any()
+
+
 def test_bad_arguments_are_named():
     _, state = LAYER.init(jax.random.key(0))
     features = jnp.ones((3, 12))

@@ -122,6 +122,15 @@ def test_a_run_goes_on_in_its_groups_on_another_number_of_cores(tmp_path, monkey
         three_seeds(checkpoint=Checkpoint(tmp_path))
 
 
+@pytest.mark.parametrize(
+    ("options", "message"), [({"keep": 0}, "keep: got 0"), ({"every_seconds": -1}, "every_seconds")]
+)
+def test_checkpoints_that_would_keep_nothing_are_refused(options, message, tmp_path):
+    with pytest.raises(ValueError, match=rf"checkpoint\.{message}"):
+        three_seeds(checkpoint=Checkpoint(tmp_path / "run", **options))
+    assert not (tmp_path / "run").exists()
+
+
 def test_seeds_taken_up_and_seeds_begun_share_one_compilation(tmp_path, monkeypatch):
     """The first seed is finished, the second half done, the third not begun."""
     with monkeypatch.context() as patched:

@@ -128,6 +128,18 @@ def test_seeds_together(make):
         np.testing.assert_allclose(result.accuracy, trained(make(), stream).accuracy, atol=0.02)
 
 
+@pytest.mark.parametrize("make", [continual.streaming_lda, continual.ridge_classifier])
+def test_features_that_depend_on_each_other_are_told_apart(make):
+    """Sixty dimensions made of six: sums in float32 leave eigenvalues below zero, far beyond any penalty."""
+    wide = np.random.default_rng(3).normal(size=(WIDTH, 60)).astype(np.float32) * 300
+    train, test = (part._replace(inputs=part.inputs @ wide) for part in (TRAIN, TEST))
+    strategy = make()
+    result = trained(strategy, streams.class_incremental(None, train, test, classes_per_task=1))
+    right = np.mean(answers(strategy, result, test.inputs) == TEST.labels)
+    expected = np.mean(answers(strategy, trained(strategy, in_turn())) == TEST.labels)
+    assert right > expected - 0.03 > 0.4
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [

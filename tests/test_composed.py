@@ -80,6 +80,23 @@ def test_residual_gradients(name):
     assert_close(of_loss, expected)
 
 
+def test_every_projection_of_a_residual_quantizer_learns_from_the_sum():
+    """As that of the single one on what is left, of which no gradient is."""
+    single, x, weights = q.projected(q.fsq([5, 4]), 3, 2), normal(2, 6, 3), normal(3, 6, 3)
+    composed = q.residual(single, 3)
+    params, state = composed.init(KEY)
+    found = jax.grad(lambda params: (weights * composed.quantize(params, state, x).codes).sum())(params)
+    left = x
+    for stage in range(3):
+        own = pick(params, stage), pick(state, stage)
+        expected = jax.grad(lambda of, own=own, left=left: (weights * single.quantize(of, own[1], left).codes).sum())(
+            own[0]
+        )
+        jax.tree.map(assert_close, pick(found, stage), expected)
+        assert all(np.any(leaf) for leaf in jax.tree.leaves(expected))
+        left = left - single.quantize(*own, left).codes
+
+
 @pytest.mark.parametrize("name", ["vq", "simvq", "ema_vq", "fsq"])
 def test_grouped_is_the_single_one_on_each_part(name):
     single, groups, x = small(name), 2, normal(4, 5, 4, 6)

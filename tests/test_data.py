@@ -236,6 +236,15 @@ def write_pack(path, **changes):
     np.savez_compressed(path, **{name: array for name, array in arrays.items() if array is not None})
 
 
+def write_header(path, shape):
+    """An array that says it has this shape."""
+    write_pack(path, train_images=None)
+    file = io.BytesIO()
+    np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr("train_images.npy", file.getvalue())
+
+
 def write_member(path, name):
     write_pack(path, **{name: None})
     with zipfile.ZipFile(path, "a") as archive:
@@ -252,6 +261,10 @@ def write_member(path, name):
         lambda path: path.write_bytes(path.read_bytes()[:60] + b"\xff" * 20 + path.read_bytes()[80:]),
         lambda path: write_pack(path, test_labels=None),
         lambda path: write_pack(path, train_images=np.zeros((2, 784), np.uint8)),
+        lambda path: write_pack(path, train_images=np.zeros((2, 28, 27), np.uint8)),
+        lambda path: write_pack(path, train_images=np.zeros((2, 28, 28))),
+        lambda path: write_header(path, (10**15, 28, 28)),
+        lambda path: write_header(path, (10**20, 28, 28)),
         lambda path: write_pack(path, train_labels=np.zeros(3, np.uint8)),
         lambda path: write_pack(path, train_labels=np.array([0, -3])),
         lambda path: write_pack(path, train_labels=np.zeros(2)),
@@ -267,6 +280,10 @@ def write_member(path, name):
         "flipped bytes",
         "array missing",
         "wrong rank",
+        "other images",
+        "images of floats",
+        "more than memory has",
+        "more than there can be",
         "labels of others",
         "labels below 0",
         "labels that are no integers",

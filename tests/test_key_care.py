@@ -263,6 +263,30 @@ def test_a_deleted_class_is_no_answer_and_others_keep_what_they_do_not_share():
         np.testing.assert_array_equal(left.usage[[0, 1, 2], [3, 4, 5]], 90)
 
 
+def test_classes_deleted_in_turn_stay_deleted():
+    """Each class alone fetches a pair of its own, which its deletion resets."""
+    layer, params, state, _, _ = fitted()
+    pairs = jnp.arange(CLASSES)[:, None, None, None] * jnp.ones((1, 5, CODEBOOKS, 1), jnp.int32)
+    state = layer.count_usage(state._replace(usage=jnp.zeros_like(state.usage)), pairs)
+    for label in range(CLASSES - 1):
+        deleted = range(label)
+        params, state = bn.forget_class(params, state, label, pairs[label], deleted=deleted)
+        kept = [*range(label + 1, CLASSES)]
+        values = np.asarray(params["values"])
+        assert (values[..., [*deleted, label]].max(axis=-1) < values[..., kept].min(axis=-1)).all()
+    with pytest.raises(ValueError, match=f"deleted: got .*; leave a class beside {CLASSES - 1}"):
+        bn.forget_class(params, state, CLASSES - 1, pairs[0], deleted=range(CLASSES - 1))
+
+
+def test_what_fetched_nothing_resets_nothing_and_shares_are_reached():
+    """-1 stands where a row only fills a batch up; 27 of 90 fetches are 0.3 of them, which no float32 says."""
+    _, params, state, _, _ = fitted()
+    usage = jnp.full_like(state.usage, 90)
+    own = jnp.concatenate([jnp.zeros((27, CODEBOOKS, 1), jnp.int32), jnp.full((50, CODEBOOKS, 1), -1)])
+    _, left = bn.forget_class(params, state._replace(usage=usage), 0, own, share=0.3)
+    np.testing.assert_array_equal(left.usage, usage.at[:, 0].set(0))
+
+
 def test_a_class_of_feature_maps_is_deleted_as_its_positions_are():
     _, params, state, _, _ = fitted()
     maps = jax.random.randint(jax.random.key(3), (6, 5, CODEBOOKS, 1), 0, PAIRS)

@@ -327,6 +327,13 @@ def test_rotate_to_the_opposite_keeps_lengths():
     assert_close(jacobian.T @ jacobian, 4 * np.eye(4))
 
 
+def test_rotate_of_long_vectors_of_float16_has_a_gradient():
+    x, code = jnp.full((1, 512), 12, jnp.float16), jnp.full((1, 512), 11, jnp.float16)
+    gradient = jax.grad(lambda x: rotate(x, code).sum().astype(jnp.float32))(x)
+    assert gradient.dtype == jnp.float16
+    np.testing.assert_allclose(gradient.astype(jnp.float32), 11 / 12, rtol=1e-2)
+
+
 def test_rotate_works_row_by_row_and_gives_codes_no_gradient():
     """The gradient to x is the row's Jacobian, transposed, times the incoming one; that to the codes exactly zero."""
     x, codes, weights = normal(8, 2, 3, 4), normal(9, 2, 3, 4), normal(10, 2, 3, 4)
@@ -513,6 +520,23 @@ def test_epsilon_zero_keeps_codes_that_nothing_chose(metric, initial_count):
     assert np.isfinite(np.asarray(after.codebook)).all()
 
 
+def test_averages_that_never_move_leave_every_code_in_place():
+    state = q.initial_averages(jnp.asarray(normal(51, 4, 3)), 0.0)
+    after = q.update_averages(state, jnp.asarray(normal(52, 2, 3)), jnp.array([0, 1]), decay=1.0, epsilon=0.0)
+    np.testing.assert_array_equal(after.codebook, state.codebook)
+
+
+@pytest.mark.parametrize("make", [lambda: q.vq(4, 3), lambda: q.ema_vq(4, 3, dead_threshold=1.0)])
+def test_no_vectors_at_all_replace_no_code(make):
+    quantizer, none = make(), jnp.zeros((0, 3))
+    params, state = quantizer.init(jax.random.key(0))
+    after = quantizer.update(jax.random.key(1), params, state, none, jnp.zeros(0, jnp.int32))
+    placed = quantizer.place(jax.random.key(1), params, state, none)
+    for own in ((params, after), placed):
+        codes = quantizer.lookup(*own, jnp.arange(4))
+        np.testing.assert_array_equal(codes, quantizer.lookup(params, state, jnp.arange(4)))
+
+
 def test_no_vectors_at_all_leave_every_code_in_place():
     """Zero counts everywhere, so that the smoothed counts are 0 / 0 without an epsilon."""
     state = q.initial_averages(jnp.asarray(normal(51, 4, 3)), 0.0)
@@ -561,6 +585,11 @@ def test_statistics_have_one_number_a_codebook():
     flat, stacked = jax.jit(statistics)(COUNTS[:4]), jax.jit(statistics)(COUNTS[:4].reshape(2, 2, 4))
     for one, other in zip(flat, stacked, strict=True):
         np.testing.assert_array_equal(np.asarray(one).reshape(2, 2), other)
+
+
+def test_perplexity_of_more_choices_than_an_int32_counts():
+    assert_close(q.perplexity(jnp.full(4, 2**30, jnp.int32)), 4.0)
+    assert_close(q.perplexity(jnp.array([2**31 - 1, 5], jnp.int32)), 1.0)
 
 
 @pytest.mark.parametrize("scale", [0.05, 0.3, 10.0])

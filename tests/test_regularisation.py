@@ -315,6 +315,18 @@ def test_si_equals_a_run_by_hand(tx, optimizer):
     assert (expected[-1][1] > 0).any()
 
 
+def test_si_of_float64_parameters_compiles_once():
+    with jax.enable_x64(True):
+        params = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64), make_params())
+        strategy, batch = si(apply, strength=0.7), tasks_of_batches()[0][0]
+        state = strategy.init(KEY, params, batch)
+        updates = jax.tree.map(jnp.ones_like, params)
+        _, after = strategy.after_update(KEY, params, state, batch, updates, updates)
+        _, ended = strategy.end_task(KEY, params, after)
+    for one, *others in zip(*map(jax.tree.leaves, (state, after, ended)), strict=True):
+        assert {leaf.dtype for leaf in others} == {one.dtype} == {np.dtype(np.float32)}
+
+
 def test_si_penalty_and_its_gradient():
     """strength * sum Omega (w - anchor)^2, without a half."""
     (end, state), *_ = train(si(apply, strength=0.7), optax.sgd(0.2), make_params(), tasks_of_batches())

@@ -435,6 +435,43 @@ def test_what_are_no_examples_is_refused(make):
         make(None, train, test._replace(inputs=test.inputs.tolist()), classes_per_task=2)
 
 
+def test_what_are_no_examples_of_a_domain_is_refused():
+    train, test = train_and_test()
+    for make in (
+        lambda *pair: streams.permuted(jax.random.key(0), *pair, tasks=2),
+        lambda *pair: streams.rotated(*pair, degrees=[0.0, 1.0]),
+    ):
+        with pytest.raises(ValueError, match=r"^train: got type tuple; pass continual\.Examples"):
+            make(tuple(train), test)
+    swapped = train._replace(inputs=train.inputs.astype(">f4"))
+    with pytest.raises(ValueError, match=r"^train\.inputs: got dtype >f4; pass it in the machine's byte order"):
+        streams.class_incremental(None, swapped, test, classes_per_task=2)
+    with pytest.raises(ValueError, match=r"^classes_per_task: got 2\.0; pass a whole number, or one for each task"):
+        streams.class_incremental(None, train, test, classes_per_task=2.0)
+
+
+def test_labels_of_any_integers_lie_together_and_inputs_of_one_shape():
+    train, test = train_and_test()
+    other = [part._replace(labels=part.labels.astype(np.uint64)) for part in (train, test)]
+    stream = streams.data_sets([(train, test), tuple(other)], classes=6)
+    assert stream.train.labels.dtype == np.int32
+    short = test._replace(inputs=test.inputs[:, 1:])
+    with pytest.raises(
+        ValueError, match=r"^tasks\[0\], test: got inputs .*; make all of one shape but for their number"
+    ):
+        streams.data_sets([(train, short)], classes=6)
+
+
+def test_memory_maps_are_not_read_through(tmp_path, monkeypatch):
+    train, test = train_and_test()
+    mapped = np.lib.format.open_memmap(tmp_path / "x.npy", "w+", train.inputs.dtype, train.inputs.shape)
+    mapped[:] = train.inputs
+    seen = []
+    monkeypatch.setattr("jaxcl.continual.streams.check_finite", lambda name, array: seen.append(name))
+    streams.class_incremental(None, train._replace(inputs=mapped), test, classes_per_task=2)
+    assert seen == ["test.inputs"]
+
+
 @pytest.mark.parametrize("make", BY_CLASS)
 @pytest.mark.parametrize(
     ("part", "missing", "message"),

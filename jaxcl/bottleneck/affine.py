@@ -53,7 +53,7 @@ def fit_simvq_keys(
             ridge = _RIDGE * jnp.trace(products) / len(products) * jnp.eye(len(products))
             return basis + jnp.linalg.solve(products + ridge, _matmul(chosen.T, x - _matmul(chosen, basis)))
 
-        first = jnp.concatenate([jnp.diag(spread), mean[None]])
+        first = jnp.concatenate([jnp.diag(spread), mean[None]]).astype(extended.dtype)
         return _matmul(extended, lax.fori_loop(0, iterations, improve, first))
 
     placed = lax.map(fit, (drawn, heads, valid, state.active))

@@ -7,6 +7,7 @@ All arrays keep their shapes, so that both can be called in the middle of a jitt
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 
 from jaxcl.bottleneck.layer import Bottleneck, KeyState
 from jaxcl.quantize import perplexity, replace_codes
+from jaxcl.quantize import usage as count_codes
 from jaxcl.typing import Array, ArrayLike, Key, PyTree, bad_argument, check_between, check_count
 
 _LEVELS = 65  # of the quantiles that a distribution of distances is kept as
@@ -179,7 +181,7 @@ def describe_care(care: KeyCare) -> list[dict[str, Any]]:
 
 
 def forget_class(
-    params: PyTree, state: KeyState, label: int, indices: ArrayLike, *, share: float = 0.5
+    params: PyTree, state: KeyState, label: int, indices: ArrayLike, *, share: float = 0.5, deleted: Sequence[int] = ()
 ) -> tuple[PyTree, KeyState]:
     """Removes what the values hold of a class, as far as it can be told from what others learned.
 
@@ -194,26 +196,34 @@ def forget_class(
         label: the class.
         indices: [..., C, top_k], what the class's training examples fetched, each as often as `usage` counted it.
         share: from above 0 to 1.
+        deleted: classes that were deleted before, whose entries stay below the others in pairs that are reset now.
 
     Returns:
         (params, state).
 
     Raises:
-        ValueError: a share out of range, a label that values have no entry for, or indices of another shape.
+        ValueError: a share out of range, a label that values have no entry for, no class that is left, or indices of
+            another shape.
     """
     values = params["values"]
     check_between("share", share, 1e-12, 1)
-    check_between("label", label, 0, values.shape[-1] - 1)
+    gone = sorted({label, *deleted})
+    for name, each in [("label", label), *(("deleted", one) for one in deleted)]:
+        check_between(name, each, 0, values.shape[-1] - 1)
+    if len(gone) == values.shape[-1]:
+        raise bad_argument("deleted", tuple(deleted), f"leave a class beside {label}: begin anew without any")
     codebooks, pairs = state.usage.shape
     fetched = jnp.moveaxis(jnp.asarray(indices, jnp.int32), -2, 0)
     if len(fetched) != codebooks:
         shape = jnp.shape(indices)
         raise bad_argument("indices", f"shape {shape}", f"pass [..., {codebooks}, top_k], as `lookup` gives")
     fetched = fetched.reshape(codebooks, -1)
-    own = jax.vmap(lambda row: jnp.bincount(row, length=pairs))(fetched)
-    reset = (own > 0) & (own >= share * state.usage)
-    values = jnp.where(reset[..., None], 0, values)
-    values = values.at[..., label].set(values.min(axis=-1) - 1)
+    own = jax.vmap(lambda row: count_codes(row, pairs))(fetched)
+    enough = share * (1 - 1e-6) * state.usage  # a share such as 0.3 is rounded
+    reset = (own > 0) & (own >= enough)
+    values, columns = jnp.where(reset[..., None], 0, values), jnp.array(gone)
+    lowest = values.at[..., columns].set(jnp.inf).min(axis=-1, keepdims=True) - 1
+    values = values.at[..., columns].set(lowest)
     usage = jnp.where(reset, 0, jnp.maximum(state.usage - own, 0))
     return params | {"values": values}, state._replace(usage=usage)
 

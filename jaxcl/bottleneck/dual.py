@@ -108,7 +108,7 @@ def train_votes(
         logits = before + moved / codebooks
         target = jax.nn.one_hot(labels, classes) * (1 - label_smoothing) + label_smoothing / classes
         share = (real / jnp.maximum(real.sum(), 1))[:, None]
-        loss -= jnp.sum(target * jax.nn.log_softmax(logits) * share)
+        loss -= jnp.sum(target * jax.nn.log_softmax(logits) * share).astype(jnp.float32)
         gradients = (jax.nn.softmax(logits) - target) * share / codebooks  # of the values that each example fetches
         update = jnp.pad(-learning_rate * gradients, ((0, 0), (0, moves.shape[1] - classes)))
         return moves.at[rows].add(update, mode="drop"), loss

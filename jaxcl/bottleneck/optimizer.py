@@ -66,12 +66,15 @@ def _clip_factors(
         tuple(batched),
     )
     enough = jnp.all(bounds + 1e-6 <= max_norms)
-    factors = lax.cond(enough, lambda *_: jnp.ones(size), jax.vmap(_exact_clip_factor), gradients, max_norms)
+    factors = lax.cond(
+        enough, lambda *_: jnp.ones(size, jnp.float32), jax.vmap(_exact_clip_factor), gradients, max_norms
+    )
     return factors, True
 
 
 def _exact_clip_factor(gradients: list[Array | Rows], max_norm: Array) -> Array:
-    return jnp.minimum(1.0, max_norm / (jnp.sqrt(sum(map(_squared_norm, gradients))) + 1e-6))
+    factor = jnp.minimum(1.0, max_norm / (jnp.sqrt(sum(map(_squared_norm, gradients))) + 1e-6))
+    return factor.astype(jnp.float32)  # which values of float64 do not change
 
 
 def _norm_bound(gradient: Array | Rows) -> Array:

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxcl.bottleneck.layer import KeyState
+from jaxcl.quantize.contract import usable
 from jaxcl.typing import Array, Key, bad_argument, check_between, check_count, check_rank, check_width
 
 
@@ -19,7 +20,7 @@ def learn_projection(key: Key, state: KeyState, features: Array, *, share: float
     Args:
         key: decides the directions; consumed.
         state: of a bottleneck whose projection is "random".
-        features: [N, D], unlabelled, two or more.
+        features: [N, D], unlabelled, two or more. Those that hold NaN or infinity do not count.
         share: from above 0 to 1.
 
     Raises:
@@ -31,15 +32,16 @@ def learn_projection(key: Key, state: KeyState, features: Array, *, share: float
     check_rank("features", features, 2)
     check_count("features, their number", len(features), 2)
     check_width("features", features, state.projection.shape[1], "the bottleneck")
-    centred = jnp.asarray(features, jnp.float32)
-    centred -= centred.mean(axis=0)
-    covariance = jnp.matmul(centred.T, centred, precision=lax.Precision.HIGHEST) / len(centred)
+    x, valid = usable(jnp.asarray(features, jnp.float32), None)
+    centred = jnp.where(valid[:, None], x - x.mean(axis=0, where=valid[:, None]), 0)
+    covariance = jnp.matmul(centred.T, centred, precision=lax.Precision.HIGHEST) / valid.sum()
     variances, directions = jnp.linalg.eigh(covariance)  # from the least to the greatest
     # Kept are the last ones: those after the first that take less than 1 - share together.
     rest = jnp.cumsum(variances) < (1 - share) * variances.sum()
     scales = jnp.where(rest | (variances <= 0), 0, 1 / jnp.sqrt(jnp.maximum(variances, 1e-30)))
     codebooks, _, width = state.projection.shape
     drawn = jax.random.normal(key, (codebooks, len(scales), width)) * (scales > 0)[:, None]
-    drawn /= jnp.linalg.norm(drawn, axis=1, keepdims=True)
+    # Without any variance there is no direction, and all heads are alike.
+    drawn /= jnp.maximum(jnp.linalg.norm(drawn, axis=1, keepdims=True), 1e-30)
     whitened = jnp.einsum("de,cew->cdw", directions * scales, drawn, precision=lax.Precision.HIGHEST)
     return state._replace(projection=whitened)

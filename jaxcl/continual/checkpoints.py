@@ -13,7 +13,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from jaxcl.continual.sharding import Layout
-from jaxcl.typing import ArrayLike, PyTree, bad_argument
+from jaxcl.typing import ArrayLike, PyTree, bad_argument, check_at_least, check_count
 
 
 class Checkpoint(NamedTuple):
@@ -41,9 +41,14 @@ class Checkpoints:
         name: of the folder within it.
         identity: what the run is, as plain data: a folder that holds another run is refused.
         alone: whether no other thread saves at the same time.
+
+    Raises:
+        ValueError: a checkpoint that keeps nothing, or whose seconds are below 0.
     """
 
     def __init__(self, checkpoint: Checkpoint, name: str, identity: dict[str, Any], *, alone: bool) -> None:
+        check_count("checkpoint.keep", checkpoint.keep, 1)
+        check_at_least("checkpoint.every_seconds", checkpoint.every_seconds, 0)
         self._folder, self._every, self._identity = Path(checkpoint.folder) / name, checkpoint.every_seconds, identity
         self._alone = alone
         with self._clear("make"):

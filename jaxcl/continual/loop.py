@@ -333,8 +333,9 @@ def _cores() -> int:
 
 def _check_kinds(keys: Any, strategy: Any, tx: Any, streams: Sequence[Any], checkpoint: Any) -> None:
     """Raises ValueError for what is easily taken for something else."""
-    if not jnp.issubdtype(keys.dtype, jax.dtypes.prng_key):
-        raise bad_argument("key", f"dtype {keys.dtype}", "pass jax.random.key(0), or another number's")
+    if not isinstance(keys, jax.Array) or not jnp.issubdtype(keys.dtype, jax.dtypes.prng_key):
+        given = f"dtype {keys.dtype}" if hasattr(keys, "dtype") else f"type {type(keys).__name__}"
+        raise bad_argument("key", given, "pass jax.random.key(0), or another number's")
     for name, value, kind, fix in (
         ("strategy", strategy, Strategy, "call what makes one, as naive(network.apply)"),
         ("tx", tx, optax.GradientTransformation, "pass an optimizer, as optax.adam(1e-3)"),

@@ -26,6 +26,7 @@ from jaxcl.typing import (
     check_finite,
     check_labels,
     check_rank,
+    is_resident,
 )
 
 View = Callable[[PyTree, Array, Array], Array]
@@ -154,6 +155,7 @@ def permuted(key: Key, train: Examples, test: Examples, *, tasks: int) -> Stream
     Arguments and errors as in `class_incremental`; `tasks` is T.
     """
     check_count("tasks", tasks, 1)
+    _check_split(train, test)
     width = int(np.prod(train.inputs.shape[1:]))
     orders = jax.vmap(lambda key: jax.random.permutation(key, width))(jax.random.split(key, tasks))
     return _by_domain(train, test, tasks, permute, orders.at[0].set(jnp.arange(width)))
@@ -165,6 +167,7 @@ def rotated(train: Examples, test: Examples, *, degrees: Sequence[float]) -> Str
     Values between pixels are interpolated linearly; what comes from outside the image is 0. Images are [N, H, W] or
     [N, H, W, channels]. Other arguments and errors as in `class_incremental`.
     """
+    _check_split(train, test)
     check_count("degrees, their number", len(degrees), 1)
     check_finite("degrees", np.asarray(degrees, np.float64))
     check_rank("train.inputs", train.inputs, 3, 4)
@@ -188,15 +191,17 @@ def data_sets(tasks: Sequence[tuple[Examples, Examples]], *, classes: int) -> St
     def together(parts: Sequence[Examples]) -> tuple[Examples, tuple[Selection, ...]]:
         whole = Examples(
             np.concatenate([np.asarray(part.inputs) for part in parts]),
-            np.concatenate([np.asarray(part.labels) for part in parts]),
+            np.concatenate([np.asarray(part.labels, np.int32) for part in parts]),
         )
         ends = np.cumsum([len(part.labels) for part in parts])
         rows = np.split(np.arange(ends[-1], dtype=np.int32), ends[:-1])
         return whole, tuple(Selection(own, np.full(len(own), task, np.int32)) for task, own in enumerate(rows))
 
-    for number, (train, test) in enumerate(tasks):
-        check_examples(f"tasks[{number}], train", train, classes)
-        check_examples(f"tasks[{number}], test", test, classes)
+    for number, pair in enumerate(tasks):
+        for name, part in zip((f"tasks[{number}], train", f"tasks[{number}], test"), pair, strict=True):
+            check_examples(name, part, classes)
+            if part.inputs.shape[1:] != tasks[0][0].inputs.shape[1:]:
+                raise bad_argument(name, f"inputs {part.inputs.shape}", "make all of one shape but for their number")
     (train, train_sets), (test, test_sets) = (together(parts) for parts in zip(*tasks, strict=True))
     everything = np.ones((len(tasks), classes), bool)
     return Stream(train, test, train_sets, test_sets, everything, False, as_they_are, ())
@@ -305,8 +310,8 @@ def check_examples(argument: str, examples: Examples, classes: int) -> None:
     check_labels(f"{argument}.labels", examples.labels, classes)
     if len(examples.inputs) != len(examples.labels):
         raise bad_argument(argument, counts, "pass one label an input")
-    if isinstance(examples.inputs, np.ndarray | jax.Array):  # all else is too large to be read through
-        check_finite(f"{argument}.inputs", examples.inputs)
+    if is_resident(examples.inputs):  # all else is too large to be read through
+        check_finite(f"{argument}.inputs", np.asarray(examples.inputs))
 
 
 def _check_kinds(argument: str, examples: Examples) -> None:
@@ -314,6 +319,8 @@ def _check_kinds(argument: str, examples: Examples) -> None:
         raise bad_argument(argument, f"type {type(examples).__name__}", "pass continual.Examples(inputs, labels)")
     for name, part in examples._asdict().items():
         check_array(f"{argument}.{name}", part)
+        if isinstance(part, np.ndarray) and not part.dtype.isnative:
+            raise bad_argument(f"{argument}.{name}", f"dtype {part.dtype}", "pass it in the machine's byte order")
 
 
 def _check_split(train: Examples, test: Examples) -> int:
@@ -370,6 +377,8 @@ def _task_sizes(classes_per_task: int | Sequence[int], classes: int) -> list[int
         check_count("classes_per_task", classes_per_task, 1)
         sizes = [int(classes_per_task)] * (classes // int(classes_per_task))
     else:
+        if np.ndim(classes_per_task) != 1:
+            raise bad_argument("classes_per_task", classes_per_task, "pass a whole number, or one for each task")
         sizes = list(classes_per_task)
         check_count("classes_per_task", min(sizes, default=0), 1)
     if sum(sizes) != classes:
@@ -378,7 +387,7 @@ def _task_sizes(classes_per_task: int | Sequence[int], classes: int) -> list[int
 
 
 def _by_domain(train: Examples, test: Examples, tasks: int, view: View, table: PyTree) -> Stream:
-    classes = _check_split(train, test)
+    classes = int(np.asarray(train.labels).max()) + 1
 
     def select(examples: Examples) -> tuple[Selection, ...]:
         rows = np.arange(len(examples.labels), dtype=np.int32)

@@ -39,9 +39,10 @@ def image_folder(path: str | Path, *, size: tuple[int, int]) -> Split:
         ImportError: Pillow is missing.
     """
     _check_pillow()
-    if len(size) != 2:
+    if np.shape(size) != (2,):
         raise bad_argument("size", size, "pass (height, width)")
-    check_count("size", min(size), 1)
+    for side in size:
+        check_count("size", side, 1)
     classes = _names(Path(path) / "train")
     parts = [_part(Path(path) / part, classes, size) for part in ("train", "test")]
     return Split(*parts)

@@ -5,8 +5,6 @@ Nothing is unpickled, and a bad file gives one clear error.
 
 import io
 import os
-import zipfile
-import zlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -42,6 +40,8 @@ def mnist() -> tuple[Examples, Examples]:
 
     def part(name: str) -> Examples:
         images = _array(pack, f"{name}_images", 3)
+        if images.shape[1:] != (28, 28) or images.dtype != np.uint8:
+            raise _malformed(f"{name}_images", f"{images.dtype} of shape {images.shape}")
         return Examples(images, _labels(pack, f"{name}_labels", len(images)))
 
     return part("train"), part("test")
@@ -60,9 +60,12 @@ def cifar10() -> tuple[Examples, Examples]:
         images = np.empty((len(files), 32, 32, 3), np.uint8)
         for number, file in enumerate(files):
             try:
-                images[number] = np.asarray(Image.open(io.BytesIO(file.tobytes())).convert("RGB"))
-            except (OSError, ValueError) as error:
+                image = np.asarray(Image.open(io.BytesIO(file.tobytes())).convert("RGB"))
+            except Exception as error:  # as Pillow's decoders raise all kinds
                 raise _malformed(f"{part}_jpeg_bytes", f"image {number}: {error}") from error
+            if image.shape != (32, 32, 3):
+                raise _malformed(f"{part}_jpeg_bytes", f"image {number} of shape {image.shape}")
+            images[number] = image
         return Examples(images, _labels(pack, f"{part}_labels", len(files)))
 
     return decode("train"), decode("test")
@@ -95,11 +98,14 @@ def fsdd() -> tuple[Clips, Clips]:
     if is_test.dtype != bool or len(is_test) != len(clips):
         raise _malformed("is_test", f"{len(is_test)} {is_test.dtype} for {len(clips)} clips")
     names = [str(name) for name in _array(pack, "speaker_names", 1)]
+    rate = _array(pack, "sample_rate", 0)
+    if not np.issubdtype(rate.dtype, np.integer) or rate < 1:
+        raise _malformed("sample_rate", str(rate))
     digit, speaker = _labels(pack, "digit", len(clips)), _labels(pack, "speaker", len(clips), len(names))
 
     def part(keep: np.ndarray) -> Clips:
         audio = [clip for clip, kept in zip(clips, keep, strict=True) if kept]
-        return Clips(audio, digit[keep], speaker[keep], names, int(_array(pack, "sample_rate", 0)))
+        return Clips(audio, digit[keep], speaker[keep], names, int(rate))
 
     return part(~is_test), part(is_test)
 
@@ -140,7 +146,7 @@ def _read(name: str) -> dict[str, np.ndarray]:
     try:
         with path.open("rb") as file, np.lib.npyio.NpzFile(file, allow_pickle=False) as pack:
             return {key: pack[key] for key in pack.files}
-    except (zipfile.BadZipFile, zlib.error, ValueError, EOFError, OSError) as error:
+    except Exception as error:  # NumPy and zipfile raise all kinds, MemoryError among them
         raise _malformed(path.name, str(error)) from error
 
 

@@ -25,17 +25,19 @@ def text_task(folder: str | Path) -> tuple[Texts, Texts]:
     names = _json(names_path)
     if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
         raise _not_laid_out(names_path, "no list of names")
+    if len(set(names)) < len(names):
+        raise _not_laid_out(names_path, "a name twice")
 
     def read(name: str) -> Texts:
         path = Path(folder) / name
         rows = _json(path)
         try:
-            texts = [str(row["sentence"]) for row in rows]
+            texts = [row["sentence"] for row in rows]
             labels = np.array([names.index(row["label"]) for row in rows], np.int32)
         except (TypeError, KeyError, ValueError) as error:  # the last where a label is no name
             raise _not_laid_out(path, repr(error)) from error
-        if not texts:
-            raise _not_laid_out(path, "no texts")
+        if not texts or not all(isinstance(text, str) for text in texts):
+            raise _not_laid_out(path, "no texts" if not texts else "a sentence that is no text")
         return Texts(texts, labels, names)
 
     return read("train.json"), read("test.json")
@@ -82,7 +84,7 @@ def tokenize(
 def _json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise _not_laid_out(path, str(error)) from error
 
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import flax.linen as nn
 
-from jaxcl.typing import Array
+from jaxcl.typing import Array, check_count
 
 
 class MLP(nn.Module):
@@ -15,8 +15,13 @@ class MLP(nn.Module):
 
     @nn.compact
     def __call__(self, inputs: Array) -> Array:
-        """Logits [B, K] of inputs [B, ...]."""
+        """Logits [B, K] of inputs [B, ...].
+
+        Raises:
+            ValueError: a width below 1.
+        """
         x = inputs.reshape(len(inputs), -1)
         for width in self.hidden:
+            check_count("hidden", width, 1)
             x = nn.relu(nn.Dense(width)(x))
         return nn.Dense(self.classes)(x)

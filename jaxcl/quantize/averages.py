@@ -157,7 +157,7 @@ def update_averages(
     sums = decay * state.sums + (1 - decay) * sums
     if epsilon == 0:
         # Not chosen, count and sum shrink alike: their quotient stays, but would be lost when both reach zero.
-        smoothed, moved = counts[:, None], (chosen > 0)[:, None]
+        smoothed, moved = counts[:, None], ((chosen > 0) & (counts > 0))[:, None]
     else:
         total = counts.sum()
         if codebook_axis is not None:
@@ -194,6 +194,8 @@ def draw_replacements(
         (rows [K, D], replaced [K] bool): a code's new vector, meaningful where `replaced` holds.
     """
     local = x.shape[0]
+    if not local:
+        return jnp.zeros((len(dead), x.shape[1]), x.dtype), jnp.zeros_like(dead)
     devices = 1 if axis_name is None else lax.axis_size(axis_name)
     order_key, start_key = jax.random.split(key)
     order = jax.random.permutation(order_key, local * devices)

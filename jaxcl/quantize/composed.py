@@ -29,13 +29,14 @@ def residual(quantizer: Quantizer, depth: int) -> Quantizer:
     check_count("depth", depth, 1)
 
     def quantize(params: PyTree, state: PyTree, x: Array, mask: Array | None = None) -> Quantized:
-        def step(left: Array, own: tuple[PyTree, PyTree]) -> tuple[Array, Quantized]:
+        def step(left: Array, own: tuple[PyTree, PyTree]) -> tuple[Array, tuple[Quantized, Array]]:
             out = quantizer.quantize(*own, left, mask)
-            return left - lax.stop_gradient(out.codes), out
+            # Params, such as a projection, learn from the sum in each choice; compiled, this is the same search.
+            for_params = quantizer.quantize(*own, lax.stop_gradient(left), mask).codes
+            return left - lax.stop_gradient(out.codes), (out, for_params)
 
-        each = lax.scan(step, x, (params, state), length=depth)[1]
-        codes = each.codes[0] + lax.stop_gradient(each.codes[1:].sum(axis=0))
-        return _joined(each, codes)
+        each, for_params = lax.scan(step, x, (params, state), length=depth)[1]
+        return _joined(each, each.codes[0] + for_params[1:].sum(axis=0))
 
     def lookup(params: PyTree, state: PyTree, indices: Array) -> Array:
         return lax.map(lambda own: quantizer.lookup(*own), (params, state, _split(indices, depth))).sum(axis=0)

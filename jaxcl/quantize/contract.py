@@ -184,6 +184,8 @@ def rotate(x: Array, codes: Array, epsilon: float = 1e-6) -> Array:
         [..., D]: `s R x`, R the rotation of x onto the code in their plane and s the quotient of lengths, both taken
         as constants. R is two reflections, so it is applied in O(D) (their section 4.2).
     """
+    narrow, kind = x.dtype, jnp.promote_types(x.dtype, jnp.float32)
+    x, codes = x.astype(kind), codes.astype(kind)  # in float16 a length above 256 has an infinite square
     length, code_length = (
         jnp.maximum(jnp.linalg.norm(v, axis=-1, keepdims=True), epsilon) for v in lax.stop_gradient((x, codes))
     )
@@ -194,4 +196,4 @@ def rotate(x: Array, codes: Array, epsilon: float = 1e-6) -> Array:
         - 2 * jnp.sum(x * middle, axis=-1, keepdims=True) * middle
         + 2 * jnp.sum(x * start, axis=-1, keepdims=True) * end
     )
-    return turned * (code_length / length)
+    return (turned * (code_length / length)).astype(narrow)

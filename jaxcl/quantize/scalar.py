@@ -25,11 +25,12 @@ def fsq(levels: Sequence[int], *, epsilon: float = 1e-3) -> Quantizer:
 
     Args:
         levels: L_i, one an entry; each 2 or more.
-        epsilon: by how much the bound is wider than the outermost level, relatively, so that it can be reached.
+        epsilon: by how much the bound is wider than the outermost level, relatively, so that it can be reached; above
+            0 where an entry has 2 levels, whose bound would else be all that it can be.
 
     Raises:
-        ValueError: no levels, one below 2, or 2**31 codes or more; in use, vectors whose width is not D or a mask that
-            does not fit them.
+        ValueError: no levels, one below 2, 2**31 codes or more, or an epsilon out of range; in use, vectors whose width
+            is not D or a mask that does not fit them.
     """
     if not levels:
         raise bad_argument("levels", levels, "pass one number an entry")
@@ -37,7 +38,7 @@ def fsq(levels: Sequence[int], *, epsilon: float = 1e-3) -> Quantizer:
         check_count("levels", number, 2)
     if math.prod(levels) >= 2**31:
         raise bad_argument("levels", f"{math.prod(levels)} codes", "indices are int32: pass fewer or smaller ones")
-    check_at_least("epsilon", epsilon, 0)
+    check_at_least("epsilon", epsilon, 1e-6 if min(levels) == 2 else 0)
     counts = np.asarray(levels, np.int32)
     basis = np.cumprod([1, *levels[:-1]], dtype=np.int32)
     middle = counts // 2

@@ -26,6 +26,7 @@ def utilisation(counts: Array) -> Array:
 
 def perplexity(counts: Array) -> Array:
     """Exp of the entropy (nats) of the codes' frequencies, from counts [..., K]; from 1 to K, and 0 for no counts."""
+    counts = jnp.asarray(counts, jnp.float32)  # whose sum may be beyond that of integers
     total = counts.sum(axis=-1, keepdims=True)
     frequency = counts / jnp.where(total > 0, total, 1)
     entropy = -jnp.sum(jax.scipy.special.xlogy(frequency, frequency), axis=-1)

@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import json
+import os
 
 import numpy as np
 import pytest
@@ -132,6 +133,25 @@ def test_a_bottleneck_that_cannot_be_is_told_before_others_train(tmp_path):
     """And leaves the folder to the command as it should be."""
     with pytest.raises(ValueError, match="codebooks: got -3; pass 1 or more"):
         run_dkvb(tmp_path / "run", "--codebooks", "-3")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--dual --decoder mlp", "dual: got True; a decoder is trained without it"),
+        ("--value-width 4", "value_width: got 4; pass 10 or more"),
+        ("--keys simvq --key-epochs 0", "key_epochs: got 0; pass 1 or more"),
+        ("--key-epochs -1", "key_epochs: got -1; pass 0 or more"),
+        ("--projection learned --projection-share 2", r"projection_share: got 2\.0; pass a number from"),
+        ("--key-source mnist", "key_source: got mnist, 784 wide; choose one 64 wide, as digits"),
+    ],
+)
+def test_options_that_do_not_go_together_are_told_before_others_train(options, message, tmp_path):
+    if "mnist" in options and "JAXCL_DATA" not in os.environ:
+        pytest.skip("needs the packs of JAXCL_DATA")
+    with pytest.raises(ValueError, match=message):
+        run_dkvb(tmp_path / "run", "--methods", "naive", "dkvb", *options.split())
     assert not (tmp_path / "run").exists()
 
 

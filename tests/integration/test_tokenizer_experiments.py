@@ -57,6 +57,21 @@ def test_what_is_not_a_number_is_kept_as_none_and_comes_back(tmp_path):
         assert found["one"]["mean"] == 1 and math.isnan(found["undefined"]["mean"])
 
 
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        (["--examples", "0"], "examples: got 0; pass 1 or more"),
+        (["--batch-size", "0"], "batch_size: got 0; pass a number from 1 to "),
+        (["--batch-size", "61"], "batch_size: got 61; pass a number from 1 to 60"),
+        (["--commitment-weight", "-1"], "commitment_weight: got -1"),
+    ],
+)
+def test_wrong_options_leave_the_folder_to_the_command_as_it_should_be(option, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        simvq_image.main([*SMOKE, *option, "--out", str(tmp_path / "run")])
+    assert not (tmp_path / "run").exists()
+
+
 def test_an_interrupted_run_goes_on_bit_for_bit(smoke, tmp_path, monkeypatch):
     """Broken off in the middle of the second row, with a checkpoint after each step."""
     arguments = [*SMOKE, "--checkpoint-seconds", "0", "--out", str(tmp_path)]
@@ -84,7 +99,7 @@ def test_an_interrupted_run_goes_on_bit_for_bit(smoke, tmp_path, monkeypatch):
 
 def test_a_finished_run_is_told_and_other_settings_are_refused(smoke, capsys, monkeypatch):
     out, _ = smoke
-    monkeypatch.setattr(tokenizers, "_Row", None)
+    monkeypatch.setattr(tokenizers, "kept", None)
     assert simvq_image.main([*SMOKE, "--out", str(out)]) == written(out) and "finished" in capsys.readouterr().out
     with pytest.raises(ValueError, match=r"out: got .* steps 6 \(now 7\); choose another folder"):
         simvq_image.main([*SMOKE, "--out", str(out), "--steps", "7"])

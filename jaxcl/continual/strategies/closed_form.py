@@ -63,7 +63,7 @@ def streaming_lda(*, shrinkage: float = 1e-4) -> Strategy:
         between = _product(means.T * moments.counts, means)
         within = (moments.products - between) / jnp.maximum(moments.counts.sum(), 1)
         precise = (1 - shrinkage) * within + shrinkage * jnp.eye(len(within))
-        kernel = jax.scipy.linalg.solve(precise, means.T, assume_a="pos")
+        kernel = _solve_positive(precise, means.T)
         return kernel, -(kernel * means.T).sum(axis=0) / 2
 
     return _closed_form(solve, products=True)
@@ -84,7 +84,7 @@ def ridge_classifier(*, strength: float = 1.0) -> Strategy:
         mean, shares = moments.sums.sum(axis=0) / total, moments.counts / total
         products = moments.products - total * jnp.outer(mean, mean)
         targets = moments.sums.T - jnp.outer(mean, moments.counts)  # [D, K]
-        kernel = jax.scipy.linalg.solve(products + strength * jnp.eye(len(mean)), targets, assume_a="pos")
+        kernel = _solve_positive(products + strength * jnp.eye(len(mean)), targets)
         return kernel, shares - _product(mean[None], kernel)[0]
 
     return _closed_form(solve, products=True)
@@ -123,6 +123,26 @@ def _closed_form(solve: Solve, *, products: bool) -> Strategy:
         return _product(_flat(inputs) - state.moments.origin, state.kernel) + state.bias
 
     return Strategy(gradients, predict, init, observe=observe, end_task=end_task)
+
+
+def _solve_positive(matrix: Array, right: Array) -> Array:
+    """`matrix^-1 right`, [D, K], of a matrix [D, D] that is positive definite, but perhaps for rounding.
+
+    Where features depend on each other that may leave eigenvalues below zero: then the least of a few multiples of the
+    rounding is added to all that lets the matrix be factorised.
+    """
+    trace = jnp.trace(matrix)
+
+    def attempt(more: Array) -> tuple[Array, Array]:
+        return more, jax.scipy.linalg.solve(matrix + more * jnp.eye(len(matrix)), right, assume_a="pos")
+
+    def failed(state: tuple[Array, Array]) -> Array:
+        return ~jnp.isfinite(state[1]).all() & (state[0] < trace)  # not so where sums are no numbers
+
+    def again(state: tuple[Array, Array]) -> tuple[Array, Array]:
+        return attempt(jnp.maximum(10 * state[0], jnp.finfo(matrix.dtype).eps * trace / len(matrix)))
+
+    return lax.while_loop(failed, again, attempt(jnp.zeros((), matrix.dtype)))[1]
 
 
 def _means(moments: Moments) -> Array:

@@ -218,14 +218,15 @@ def si(apply: Apply, *, strength: float, damping: float = 1e-3) -> Strategy:
     ) -> tuple[PyTree, PathState]:
         def extend(path: Array, grad: Array, update: Array, param: Array, anchor: Array, importance: Array) -> Array:
             own = grad - 2 * strength * importance * (param - anchor)  # the penalty's gradient taken off again
-            return path - own * update
+            return (path - own * update).astype(path.dtype)
 
         path = jax.tree.map(extend, state.path, grads, updates, params, state.anchor, state.importance)
         return updates, state._replace(path=path)
 
     def end_task(key: Key, params: PyTree, state: PathState) -> tuple[PyTree, PathState]:
         def add(importance: Array, path: Array, param: Array, anchor: Array) -> Array:
-            return jnp.maximum(importance + path / (jnp.square(param - anchor) + damping), 0)
+            more = path / (jnp.square(param - anchor) + damping)
+            return jnp.maximum(importance + more, 0).astype(importance.dtype)
 
         importance = jax.tree.map(add, state.importance, state.path, params, state.anchor)
         return params, PathState(_float32(params), importance, _zeros(params))
