@@ -85,7 +85,7 @@ CLAIMS = (
     Claim("VQ", "the same", "1.4 (VQGAN)", "simvq_65536", _SIMVQ, "vq:65536", "utilisation"),
     Claim(
         "MIRACLE with Mean-KL", "test error % of LeNet-5 on MNIST in 1.6 kB at most", "0.96 at 1.5 kB (MIRACLE)",
-        "mean_kl", _MEAN_KL, "mean_kl:1600", "error", " (24 epochs; the published training is far longer)",
+        "mean_kl", _MEAN_KL, "mean_kl:1600", "error", " (24 epochs; after 96, one seed, 0.91 in 1.48 kB)",
     ),
     Claim("Mean-Var", "the same", "", "mean_kl", _MEAN_KL, "mean_var:1600", "error"),
     Claim(
