@@ -8,13 +8,12 @@ file of all blocks. ``python -m experiments.coders``
 """
 
 import dataclasses
-import io
 import math
 import time
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -24,8 +23,9 @@ from tqdm import tqdm
 
 from experiments.card import Card
 from experiments.common import BaseConfig, claim_folder, finished_before, parse_command, run_command
+from experiments.keys import load_tree, save_tree
 from experiments.rows import Outcome, file_name, finish, kept
-from jaxcl import coding, files, gaussian, report
+from jaxcl import coding, gaussian, report
 from jaxcl.gaussian import Gaussian
 from jaxcl.typing import bad_argument, check_at_least, check_between
 
@@ -103,49 +103,29 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     return finish(config, "coders", settings, found, began, lambda: _figures(config, results))
 
 
-class _Coded(NamedTuple):
-    """The first blocks, as they are kept of a row that is not finished; a block depends on no other."""
-
-    indices: np.ndarray  # [M] uint32
-    effective: np.ndarray  # [M] sample sizes
-    seconds: np.ndarray  # [] that they took, as a file has them
-
-    def followed_by(self, indices: np.ndarray, effective: np.ndarray) -> "_Coded":
-        """With the next blocks [m]."""
-        return self._replace(
-            indices=np.concatenate([self.indices, indices]), effective=np.concatenate([self.effective, effective])
-        )
-
-    def as_bytes(self) -> bytes:
-        """As a file .npz."""
-        file = io.BytesIO()
-        np.savez(file, **self._asdict())
-        return file.getvalue()
-
-
 def _outcome(config: Config, row: str, seed: int) -> Outcome:
     """Results and costs of a row with one seed."""
     coder, width, bits, *spare = row.split(":")
     q, p = _posterior(int(width), float(bits))
     most = coding.MOST_BITS if coder == "astar" else math.ceil(float(bits)) + int(spare[0])
-    saved = config.out / "checkpoints" / f"{file_name(row)}-{seed}.npz"
-    coded = _Coded(np.zeros(0, np.uint32), np.zeros(0), np.zeros(()))
-    if saved.exists():
-        with np.load(saved) as before:
-            coded = _Coded(*(before[name] for name in _Coded._fields))
+    path = config.out / "checkpoints" / f"{file_name(row)}-{seed}.npz"
+    indices, effective, done = np.zeros(config.samples, np.uint32), np.zeros(config.samples), np.zeros(2)
+    if saved := load_tree(path, (indices, effective, done)):
+        indices, effective, done = saved
+    first, before = int(done[0]), float(done[1])  # blocks that are coded, and seconds that it took
     began = written = time.perf_counter()
-    with tqdm(desc=row, initial=len(coded.indices), total=config.samples, unit="block", dynamic_ncols=True) as bar:
-        for start in range(len(coded.indices), config.samples, AT_ONCE):
+    with tqdm(desc=row, initial=first, total=config.samples, unit="block", dynamic_ncols=True) as bar:
+        for start in range(first, config.samples, AT_ONCE):
             blocks = np.arange(start, min(start + AT_ONCE, config.samples))
-            coded = coded.followed_by(*_blocks(coder, most, seed, blocks, q, p))
+            indices[blocks], effective[blocks] = _coded(coder, most, seed, blocks, q, p)
             bar.update(len(blocks))
             if (now := time.perf_counter()) - written >= config.checkpoint_seconds:
-                files.write_atomic(saved, coded._replace(seconds=np.array(coded.seconds + now - began)).as_bytes())
                 written = now
-    drawn = coding.chosen_candidates(seed, np.arange(config.samples), coded.indices, int(width)).astype(np.float64)
+                save_tree(path, (indices, effective, np.array([start + len(blocks), before + now - began])))
+    drawn = coding.chosen_candidates(seed, np.arange(config.samples), indices, int(width)).astype(np.float64)
     errors = (drawn - np.asarray(q.mean)) / np.asarray(q.scale)
     layout = coding.layout_of({"w": jnp.zeros((config.samples, int(width)))}, width=int(width), seed=seed)
-    message = coding.Message(layout, np.ones(1, np.float32), most, coded.indices, float(bits))
+    message = coding.Message(layout, np.ones(1, np.float32), most, indices, float(bits))
     file = config.out / "files" / f"{file_name(row)}-{seed}.jcl"
     spent = 8 * coding.save(file, message) / config.samples
     return {
@@ -156,9 +136,9 @@ def _outcome(config: Config, row: str, seed: int) -> Outcome:
             "deviation_off": float(errors.std(axis=0).mean() - 1),
             "spent_bits": spent,
             "overhead_bits": spent - float(bits),
-            "effective_sample_size": float(coded.effective.mean()),
+            "effective_sample_size": float(effective.mean()),
         },
-        "costs": {"seconds": float(coded.seconds) + time.perf_counter() - began},
+        "costs": {"seconds": before + time.perf_counter() - began},
     }
 
 
@@ -169,7 +149,7 @@ def _posterior(width: int, bits: float) -> tuple[Gaussian, Gaussian]:
     return gaussian.mean_kl(jnp.full((1, width), 0.6), share, jnp.full(1, bits * math.log(2)), prior), prior
 
 
-def _blocks(
+def _coded(
     name: str, most: int, seed: int, blocks: np.ndarray, q: Gaussian, p: Gaussian
 ) -> tuple[np.ndarray, np.ndarray]:
     """Indices and effective sample sizes of blocks that all have the same posterior.

@@ -28,7 +28,7 @@ def test_an_interrupted_row_goes_on_where_it_was(tmp_path, monkeypatch):
     options = [*SMOKE, "--spare-bits", "0", "--checkpoint-seconds", "0"]
     monkeypatch.setattr(coders, "AT_ONCE", 100)
     whole = coders.main([*options, "--out", str(tmp_path / "whole")])["results"]
-    calls, blocks = [], coders._blocks
+    calls, blocks = [], coders._coded
 
     def some_blocks(*args):
         calls.append(args)
@@ -36,7 +36,7 @@ def test_an_interrupted_row_goes_on_where_it_was(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return blocks(*args)
 
-    monkeypatch.setattr(coders, "_blocks", some_blocks)
+    monkeypatch.setattr(coders, "_coded", some_blocks)
     with pytest.raises(KeyboardInterrupt):
         coders.main([*options, "--out", str(tmp_path / "cut")])
     results = coders.main([*options, "--out", str(tmp_path / "cut")])["results"]
