@@ -408,6 +408,27 @@ def test_classes_in_turn_are_kept_where_a_linear_probe_forgets():
     assert cached.train.inputs.dtype == np.uint16
 
 
+def test_values_of_float64_stay_so_to_the_end():
+    rng = np.random.default_rng(0)
+    features, labels = rng.normal(size=(32, 16)), np.repeat(np.arange(4), 8)
+    with jax.enable_x64(True):
+        made = bn.discrete_key_value_bottleneck(16, 4, codebooks=4, pairs=8, key_width=4, projection="chunk")
+        params, state = made.init(KEY)
+        assert params["values"].dtype == jnp.float64
+        state = bn.fit_simvq_keys(KEY, made, state, features, iterations=2)
+        indices = np.asarray(made.lookup(params, state, features))
+        shown = Examples(indices, labels)
+        stream = streams.class_incremental(None, shown, shown, classes_per_task=2)
+        result = run(
+            KEY, key_value_bottleneck(made), bn.sparse_sgd(3.0, max_norm=1.0), params, stream, epochs=4, batch_size=8
+        )
+        assert result.params["values"].dtype == jnp.float64 and np.any(result.params["values"])
+        votes = bn.begin_votes(params, indices, labels, classes=4)
+        votes, loss = bn.train_votes(votes, np.arange(32, dtype=np.int32).reshape(4, 8), learning_rate=3.0)
+        moved = bn.end_votes(params, votes)["values"]
+    assert moved.dtype == jnp.float64 and np.any(moved) and loss.dtype == jnp.float32 and np.isfinite(loss)
+
+
 # Bad arguments
 
 
