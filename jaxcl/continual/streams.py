@@ -155,10 +155,10 @@ def permuted(key: Key, train: Examples, test: Examples, *, tasks: int) -> Stream
     Arguments and errors as in `class_incremental`; `tasks` is T.
     """
     check_count("tasks", tasks, 1)
-    _check_split(train, test)
+    classes = _check_split(train, test)
     width = int(np.prod(train.inputs.shape[1:]))
     orders = jax.vmap(lambda key: jax.random.permutation(key, width))(jax.random.split(key, tasks))
-    return _by_domain(train, test, tasks, permute, orders.at[0].set(jnp.arange(width)))
+    return _by_domain(train, test, classes, tasks, permute, orders.at[0].set(jnp.arange(width)))
 
 
 def rotated(train: Examples, test: Examples, *, degrees: Sequence[float]) -> Stream:
@@ -167,13 +167,13 @@ def rotated(train: Examples, test: Examples, *, degrees: Sequence[float]) -> Str
     Values between pixels are interpolated linearly; what comes from outside the image is 0. Images are [N, H, W] or
     [N, H, W, channels]. Other arguments and errors as in `class_incremental`.
     """
-    _check_split(train, test)
+    classes = _check_split(train, test)
     check_count("degrees, their number", len(degrees), 1)
     check_finite("degrees", np.asarray(degrees, np.float64))
     check_rank("train.inputs", train.inputs, 3, 4)
     tables = [rotation(angle, *train.inputs.shape[1:3]) for angle in degrees]
     places, weights = (jnp.asarray(np.stack(table)) for table in zip(*tables, strict=True))
-    return _by_domain(train, test, len(degrees), rotate, (places, weights))
+    return _by_domain(train, test, classes, len(degrees), rotate, (places, weights))
 
 
 def data_sets(tasks: Sequence[tuple[Examples, Examples]], *, classes: int) -> Stream:
@@ -386,9 +386,7 @@ def _task_sizes(classes_per_task: int | Sequence[int], classes: int) -> list[int
     return sizes
 
 
-def _by_domain(train: Examples, test: Examples, tasks: int, view: View, table: PyTree) -> Stream:
-    classes = int(np.asarray(train.labels).max()) + 1
-
+def _by_domain(train: Examples, test: Examples, classes: int, tasks: int, view: View, table: PyTree) -> Stream:
     def select(examples: Examples) -> tuple[Selection, ...]:
         rows = np.arange(len(examples.labels), dtype=np.int32)
         return tuple(Selection(rows, np.full(len(rows), task, np.int32)) for task in range(tasks))

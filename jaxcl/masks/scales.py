@@ -85,7 +85,7 @@ def _quantise(scale: Array, reused: Array, count: int) -> tuple[Array, Array]:
     def move(_: Array | int, levels: Array) -> Array:
         codes = jnp.where(reused, nearest(levels), count)  # out of range: dropped
         loads = jnp.zeros(count, jnp.int32).at[codes].add(1, mode="drop")
-        # Offsets, not scales, are added up: a float32 takes no more in than so many ones, and leaves have more.
+        # Offsets are added up, not scales: of millions near 1 a sum in float32 loses their digits.
         offset = scale - levels.at[codes].get(mode="clip")
         return jnp.sort(levels + jnp.zeros(count).at[codes].add(offset, mode="drop") / jnp.maximum(loads, 1))
 
