@@ -8,7 +8,7 @@ through looking codes up.
 
 import math
 from collections.abc import Callable
-from functools import partial, reduce
+from functools import partial
 from typing import Any, Literal
 
 import jax
@@ -21,20 +21,16 @@ Metric = Literal["euclidean", "cosine"]
 Pair = tuple[Array, Array]
 _METRICS = ("euclidean", "cosine")
 _GROUP = 16  # codes among which the best is told apart only in the end
+_GPU_BLOCK = 4096  # codes; an estimate: few, large products, 16 kB of scores a vector
 
 
 def _cpu_block(vectors: int) -> int:
-    """Codes a block that give four million scores, within limits; a power of two.
+    """Codes a block on CPU that give four million scores, within limits; a power of two.
 
     With fewer the products are too small for speed, with more the scores leave the cache (measured, 256 to 8,192
     vectors, widths 8 to 128).
     """
     return 2 ** min(max(8, (2**22 // max(1, vectors)).bit_length() - 1), 12)
-
-
-# Codes a block, by the number of vectors. The GPU figure is an estimate: few, large products; 16 kB of scores a vector.
-# TPU compilers fuse the score matrix away, so there the whole codebook is one block.
-_BLOCK: dict[str, Callable[[int], int]] = {"cpu": _cpu_block, "cuda": lambda _: 4096, "rocm": lambda _: 4096}
 
 
 def nearest_codes(
@@ -158,8 +154,11 @@ def _by_backend(search: Callable[..., Any], x: Array, codebook: Array, eligible:
     """`search(x, codebook, eligible, block)` with the block that suits the backend the program is compiled for."""
     if block_size is not None:
         return search(x, codebook, eligible, block_size)
-    forms = {platform: partial(search, block=size(len(x))) for platform, size in _BLOCK.items()}
-    return lax.platform_dependent(x, codebook, eligible, default=partial(search, block=None), **forms)
+    gpu = partial(search, block=_GPU_BLOCK)
+    # TPU compilers fuse the score matrix away, so there the whole codebook is one block.
+    whole = partial(search, block=None)
+    cpu = partial(search, block=_cpu_block(len(x)))
+    return lax.platform_dependent(x, codebook, eligible, cpu=cpu, cuda=gpu, rocm=gpu, default=whole)
 
 
 def _scores(x: Array, codes: Array, eligible: Array, metric: Metric) -> Array:
@@ -208,10 +207,11 @@ def _search(
         made = _offset(codes_of(rows), eligible, metric)
         codes, offset = (part.reshape(lanes, group, *part.shape[1:]).swapaxes(0, 1) for part in made)
         products = _products(codes.reshape(lanes * group, -1), vectors).reshape(group, lanes, -1)
-        scores = (products[member] - offset[member, :, None] for member in range(group))
-        # Not jnp.maximum: it takes care of NaN, and longer. Nothing compares with NaN, so that it is never the best.
-        nothing = jnp.full(products.shape[1:], -jnp.inf)
-        best = reduce(lambda best, other: jnp.where(other > best, other, best), scores, nothing)
+        best = jnp.full(products.shape[1:], -jnp.inf)
+        for members, taken_off in zip(products, offset[..., None], strict=True):
+            scores = members - taken_off
+            # Not jnp.maximum: it takes care of NaN, and longer. Nothing compares with NaN, so that it is never the best.
+            best = lax.select(scores > best, scores, best)
         highest = best.max(axis=0)
         lane = jnp.where(best == highest, lane_numbers, lanes).min(axis=0)
         of_lane = jnp.take_along_axis(products, lane[None, None], axis=1)[:, 0] - offset[:, lane]
@@ -257,10 +257,13 @@ def _fold_blocks(
 ) -> Pair:
     """`better` folded over what `in_block` finds in each block, from the first on."""
 
-    def step(number: Array | int, best: Pair) -> Pair:
-        return better(best, in_block(*(part[number] for part in blocks)))
+    of_block = jax.jit(in_block)  # traced once
 
-    return lax.fori_loop(1, len(blocks[0]), step, in_block(*(part[0] for part in blocks)))
+    def step(number: Array | int, best: Pair) -> Pair:
+        return better(best, of_block(*(part[number] for part in blocks)))
+
+    first = of_block(*(part[0] for part in blocks))
+    return first if len(blocks[0]) == 1 else lax.fori_loop(1, len(blocks[0]), step, first)
 
 
 def _in_blocks(codebook: Array, eligible: Array, block: int) -> tuple[Array, Array, Array]:

@@ -444,7 +444,7 @@ def test_a_vector_with_nan_over_devices(split):
 @pytest.mark.parametrize("shards", [1, 8])
 def test_backends_that_take_all_codes_as_one_block(split, monkeypatch, shards):
     """As where no size of block is set (TPU): ties, ineligible codes and a vector with NaN end as they do in blocks."""
-    monkeypatch.setattr(nearest, "_BLOCK", {})
+    monkeypatch.setattr(nearest, "_cpu_block", lambda vectors: None)
     x, codebook, eligible = split[0].copy(), split[1], np.arange(16) != 4
     expected = brute(x, codebook, eligible=eligible)
     x[5], expected[5] = np.nan, 0
