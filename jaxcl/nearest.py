@@ -207,7 +207,7 @@ def _search(
         made = _offset(codes_of(rows), eligible, metric)
         codes, offset = (part.reshape(lanes, group, *part.shape[1:]).swapaxes(0, 1) for part in made)
         products = _products(codes.reshape(lanes * group, -1), vectors).reshape(group, lanes, -1)
-        best = jnp.full(products.shape[1:], -jnp.inf)
+        best = jnp.full(products.shape[1:], -jnp.inf, jnp.float32)
         for members, taken_off in zip(products, offset[..., None], strict=True):
             scores = members - taken_off
             # Not jnp.maximum: it takes care of NaN, and longer. Nothing compares with NaN, so that it is never the best.
