@@ -210,7 +210,7 @@ def _search(
         best = jnp.full(products.shape[1:], -jnp.inf, jnp.float32)
         for members, taken_off in zip(products, offset[..., None], strict=True):
             scores = members - taken_off
-            # Not jnp.maximum: it takes care of NaN, and longer. Nothing compares with NaN, so that it is never the best.
+            # Not jnp.maximum: it takes care of NaN, and longer. Nothing compares with NaN, so it is never the best.
             best = lax.select(scores > best, scores, best)
         highest = best.max(axis=0)
         lane = jnp.where(best == highest, lane_numbers, lanes).min(axis=0)
@@ -256,7 +256,6 @@ def _fold_blocks(
     in_block: Callable[[Array, Array, Array], Pair], better: Callable[[Pair, Pair], Pair], blocks: tuple[Array, ...]
 ) -> Pair:
     """`better` folded over what `in_block` finds in each block, from the first on."""
-
     of_block = jax.jit(in_block)  # traced once
 
     def step(number: Array | int, best: Pair) -> Pair:
