@@ -101,7 +101,7 @@ def test_a_record_without_rows_is_not_believed(tmp_path, monkeypatch):
     np.testing.assert_array_equal(features, INPUTS.astype(np.float32).sum(axis=1))
 
 
-# One process imports, and forks itself: so ten of them live and die within seconds.
+# One process imports, and forks itself: so 20 of them live and die within seconds.
 KILLED_AT_RANDOM = """
     import os, random, signal, sys, time
     import numpy as np
@@ -116,7 +116,7 @@ KILLED_AT_RANDOM = """
     inputs = np.random.default_rng(0).integers(0, 256, (20_000, 4, 3)).astype(np.uint8)
     encoder = nets.FrozenEncoder("sums", {"scale": np.float32(1)}, apply, 10)
     random.seed(0)
-    for _ in range(10):
+    for _ in range(20):
         child = os.fork()
         if not child:
             data.compute_features(encoder, inputs, folder=sys.argv[1])
@@ -133,7 +133,7 @@ KILLED_AT_RANDOM = """
 def test_killed_at_random_moments_it_ends_with_the_features_of_an_undisturbed_run(tmp_path):
     command = [sys.executable, "-c", textwrap.dedent(KILLED_AT_RANDOM), str(tmp_path)]
     *killed, went_on_from = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
-    assert killed == ["True"] * 10 and 10 < int(went_on_from) < 20_000
+    assert killed == ["True"] * 20 and 10 < int(went_on_from) < 20_000
     (path,) = tmp_path.glob("[!.]*")  # a kill may leave a temporary file of a few bytes
     inputs = np.random.default_rng(0).integers(0, 256, (20_000, 4, 3)).astype(np.uint8)
     np.testing.assert_array_equal(np.load(path), inputs.astype(np.float32).sum(axis=1))

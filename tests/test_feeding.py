@@ -115,7 +115,8 @@ def test_each_program_compiles_once_for_streamed_examples():
     assert results[0].compilations == dict.fromkeys(names, 1)
 
 
-@pytest.mark.parametrize(("calls", "first"), [(5, True), (6, False), (8, True), (13, False)])
+@pytest.mark.parametrize("calls", [5, 6, 8, 13])
+@pytest.mark.parametrize("first", [True, False])
 def test_a_run_stopped_within_an_epoch_goes_on(calls, first, tmp_path, watch):
     """Begun on streamed examples and taken up on those in memory, or the other way round."""
     stream = methods.method("er").stream
