@@ -12,6 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxcl import nets
 from jaxcl.nets import attention
 from jaxcl.nets.gelu import gelu
+from jaxcl.nets.layer_norm import LayerNorm
 from jaxcl.trees import parameter_count
 
 
@@ -222,3 +223,32 @@ def test_gelu_and_its_derivatives_are_those_of_the_normal_distribution():
     np.testing.assert_allclose(half.astype(jnp.float32), x * below, atol=0.02, rtol=0.02)
     narrow = jnp.linspace(-4, 4, 101, dtype=jnp.bfloat16)  # far below 0 too, where 1 + erf of so few bits is 0
     np.testing.assert_allclose(gelu(narrow).astype(jnp.float32), gelu(narrow.astype(jnp.float32)), rtol=0.005)
+
+
+@pytest.mark.parametrize("dtype", [None, jnp.bfloat16])
+def test_layer_norm_and_its_derivatives_are_those_of_flax(dtype):
+    keys = jax.random.split(jax.random.key(0), 4)
+    x, change, weights = (2 + 3 * jax.random.normal(key, (3, 4, 16)) for key in keys[:3])
+    ours, theirs = LayerNorm(1e-3, dtype), nn.LayerNorm(1e-3, dtype)
+    params = {"params": dict(zip(("scale", "bias"), jax.random.normal(keys[3], (2, 16)), strict=True))}
+    assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, ours.init(keys[0], x))
+
+    def all_of(net):
+        def weighed(params, x):
+            return (net.apply(params, x) * weights).sum()
+
+        first = jax.grad(weighed, argnums=(0, 1))
+        forward = jax.jvp(net.apply, (params, x), (params, change))
+        return net.apply(params, x), forward, first(params, x), jax.jvp(first, (params, x), (params, change))
+
+    found, expected = jax.jit(lambda: (all_of(ours), all_of(theirs)))()
+    assert jax.tree.map(lambda leaf: leaf.dtype, found) == jax.tree.map(lambda leaf: leaf.dtype, expected)
+    tolerance = 1e-5 if dtype is None else 0.02
+    jax.tree.map(lambda ours, theirs: assert_close(ours, theirs, tolerance), found, expected)
+
+
+def test_what_attention_keeps_is_no_copy(monkeypatch):
+    monkeypatch.setattr(attention, "_IN_CACHE", 2 * 4 * 5 * 5)
+    query, key, value = (jnp.ones((8, 5, 4, 3)) for _ in range(3))
+    forward = jax.jit(lambda *parts: jax.vjp(attention.dot_product_attention, *parts)).lower(query, key, value)
+    assert forward.as_text().count("stablehlo.dynamic_update_slice") == 1  # of the outcome, part by part

@@ -46,10 +46,11 @@ def dot_product_attention(
 
     attend = jax.checkpoint(partial(jax.nn.dot_product_attention, scale=scale))
 
-    def few_at_a_time(own: dict[str, Array], shared: dict[str, Array]) -> Array:
-        def one(example: dict[str, Array]) -> Array:
-            return attend(**{name: part[None] for name, part in example.items()}, **shared)[0]
+    few = next(size for size in range(max(1, _IN_CACHE // scores), 0, -1) if batch % size == 0)
 
-        return lax.map(one, own, batch_size=max(1, _IN_CACHE // scores))
+    def few_at_a_time(own: dict[str, Array], shared: dict[str, Array]) -> Array:
+        # Parts go into `attend` as the loop has them: those that it keeps are then no copies
+        parts = {name: part.reshape(-1, few, *part.shape[1:]) for name, part in own.items()}
+        return lax.map(lambda part: attend(**part, **shared), parts).reshape(query.shape)
 
     return lax.platform_dependent(own, shared, cpu=few_at_a_time, default=lambda own, shared: attend(**own, **shared))

@@ -14,6 +14,7 @@ from jax.typing import DTypeLike
 
 from jaxcl.nets.attention import dot_product_attention
 from jaxcl.nets.gelu import gelu
+from jaxcl.nets.layer_norm import LayerNorm
 from jaxcl.nets.weights import Source, load_by_name, read_checkpoint, read_config
 from jaxcl.typing import Array, PyTree, bad_argument, check_choice, check_rank
 
@@ -96,7 +97,7 @@ class BERT(nn.Module):
         x = embed(self.vocabulary, name="token_embedding")(tokens)
         x += embed(self.positions, name="position_embedding")(jnp.arange(length))
         x += embed(self.token_types, name="type_embedding")(token_types)
-        x = nn.LayerNorm(self.epsilon, dtype=self.dtype, name="embedding_norm")(x)
+        x = LayerNorm(self.epsilon, dtype=self.dtype, name="embedding_norm")(x)
         return _through(range(self.layers), x, mask, self.heads, self.hidden, self.epsilon, self.activation, self.dtype)
 
 
@@ -140,7 +141,7 @@ class _Layer(nn.Module):
     @nn.compact
     def __call__(self, x: Array, mask: Array) -> Array:
         batch, length, width = x.shape
-        dense, norm = partial(nn.Dense, dtype=self.dtype), partial(nn.LayerNorm, self.epsilon, dtype=self.dtype)
+        dense, norm = partial(nn.Dense, dtype=self.dtype), partial(LayerNorm, self.epsilon, dtype=self.dtype)
         query, key, value = (
             dense(width, name=name)(x).reshape(batch, length, self.heads, -1) for name in ("query", "key", "value")
         )

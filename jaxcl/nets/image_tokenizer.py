@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import flax.linen as nn
 
+from jaxcl.nets.layer_norm import LayerNorm
 from jaxcl.typing import Array, bad_argument, check_rank
 
 _GROUPS = 32  # Wu & He 2018, table 3
@@ -109,9 +110,9 @@ class _MixerBlock(nn.Module):
     def __call__(self, x: Array) -> Array:
         positions, width = x.shape[1:]
         # As many hidden units as positions: with 64 positions or so the share of the work stays small.
-        y = nn.gelu(nn.Dense(positions)(nn.LayerNorm()(x).swapaxes(1, 2)))
+        y = nn.gelu(nn.Dense(positions)(LayerNorm()(x).swapaxes(1, 2)))
         x = x + nn.Dense(positions)(y).swapaxes(1, 2)
-        y = nn.gelu(nn.Dense(2 * width)(nn.LayerNorm()(x)))
+        y = nn.gelu(nn.Dense(2 * width)(LayerNorm()(x)))
         return x + nn.Dense(width)(y)
 
 
@@ -119,7 +120,7 @@ def _mixed(x: Array, blocks: int) -> Array:
     """[B, positions, width] through Mixer blocks and a last normalisation; to be called in a compact method."""
     for _ in range(blocks):
         x = _MixerBlock()(x)
-    return nn.LayerNorm()(x)
+    return LayerNorm()(x)
 
 
 class _ResidualBlock(nn.Module):

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 
 from jaxcl.masked_prior import smallest_radix, to_digits
 from jaxcl.nets.attention import dot_product_attention
+from jaxcl.nets.layer_norm import LayerNorm
 from jaxcl.typing import Array, bad_argument, check_rank
 
 _INITIAL = nn.initializers.normal(1.0)  # of embeddings: as large as what layers add to them
@@ -49,7 +50,7 @@ class TokenTransformer(nn.Module):
         x += _embed(self.classes + 1, self.width, "class")(labels)[:, None]
         for _ in range(self.layers):
             x = _Block(self.heads)(x)
-        logits = nn.Dense(self.digits * radix)(nn.LayerNorm()(x))
+        logits = nn.Dense(self.digits * radix)(LayerNorm()(x))
         return logits if self.digits == 1 else logits.reshape(*tokens.shape, self.digits, radix)
 
 
@@ -61,11 +62,11 @@ class _Block(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         batch, length, width = x.shape
-        projected = nn.Dense(3 * width)(nn.LayerNorm()(x))
+        projected = nn.Dense(3 * width)(LayerNorm()(x))
         query, key, value = jnp.moveaxis(projected.reshape(batch, length, 3, self.heads, -1), 2, 0)
         attended = dot_product_attention(query, key, value)
         x += nn.Dense(width)(attended.reshape(x.shape))
-        inner = nn.gelu(nn.Dense(4 * width)(nn.LayerNorm()(x)))
+        inner = nn.gelu(nn.Dense(4 * width)(LayerNorm()(x)))
         return x + nn.Dense(width)(inner)
 
 

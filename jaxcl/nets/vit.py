@@ -11,6 +11,7 @@ import numpy as np
 
 from jaxcl.nets.attention import dot_product_attention
 from jaxcl.nets.gelu import gelu
+from jaxcl.nets.layer_norm import LayerNorm
 from jaxcl.nets.weights import Source, check_images, image_side, load_by_name, read_safetensors
 from jaxcl.typing import Array, PyTree, bad_argument, check_choice
 
@@ -61,10 +62,10 @@ class ViT(nn.Module):
         x = jnp.concatenate([jnp.broadcast_to(token, (len(x), 1, self.width)), x], axis=1)
         x += self.param("position_embedding", nn.initializers.normal(0.02), (self.positions, self.width))
         if clip:
-            x = nn.LayerNorm(self.epsilon, name="input_norm")(x)
+            x = LayerNorm(self.epsilon, name="input_norm")(x)
         for number in range(self.layers):
             x = _Layer(self.heads, self.hidden, self.epsilon, self.activation, name=f"layers_{number}")(x)
-        feature = nn.LayerNorm(self.epsilon, name="output_norm")(x[:, 0])
+        feature = LayerNorm(self.epsilon, name="output_norm")(x[:, 0])
         return nn.Dense(self.projected, use_bias=False, name="projection")(feature) if self.projected else feature
 
 
@@ -79,11 +80,11 @@ class _Layer(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         batch, length, width = x.shape
-        projected = nn.Dense(3 * width, name="attention")(nn.LayerNorm(self.epsilon, name="attention_norm")(x))
+        projected = nn.Dense(3 * width, name="attention")(LayerNorm(self.epsilon, name="attention_norm")(x))
         query, key, value = jnp.moveaxis(projected.reshape(batch, length, 3, self.heads, -1), 2, 0)
         attended = dot_product_attention(query, key, value).reshape(x.shape)
         x += nn.Dense(width, name="attention_output")(attended)
-        inner = nn.Dense(self.hidden, name="intermediate")(nn.LayerNorm(self.epsilon, name="intermediate_norm")(x))
+        inner = nn.Dense(self.hidden, name="intermediate")(LayerNorm(self.epsilon, name="intermediate_norm")(x))
         return x + nn.Dense(width, name="output")(_ACTIVATIONS[self.activation](inner))
 
 
