@@ -124,6 +124,8 @@ class Config(RunConfig):
     """Passes over a task."""
     batch_size: int = 32
     """Examples in a step."""
+    microbatches: int = 1
+    """Adapters and fine-tuning: parts in which a step goes through its examples, for less memory; they divide them."""
     learning_rate: float = 1e-3
     """Of Adam, for adapters and classifier, where none of the following is meant."""
     o_lora_rate: float = 1e-3
@@ -223,6 +225,8 @@ def _run(config: Config) -> dict[str, Any]:
 def _body(config: Config, run: Run) -> tuple[Body, list[Stream]]:
     """The network, and streams of which each seed has one in turn."""
     check_choice("model", config.model.partition(":")[0], ("minilm", "t5", "llama"))
+    if config.microbatches < 1 or config.batch_size % config.microbatches:
+        raise bad_argument("microbatches", config.microbatches, f"pass a divisor of --batch-size, {config.batch_size}")
     if config.data == "digits":
         if config.model != "minilm":
             raise bad_argument("model", config.model, "digits have a network of their own: pass texts as --data, too")
@@ -288,7 +292,7 @@ def _learner(config: Config, name: Method, body: Body, stream: Stream) -> Learne
         "ewc": lambda: continual.ewc(apply, strength=config.ewc_strength),
         "lwf": lambda: continual.lwf(apply, strength=config.lwf_strength),
         "independent": lambda: continual.independent(apply, tasks),
-    }.get(name, lambda: _of_objective(name, body, method))()
+    }.get(name, lambda: continual.in_microbatches(_of_objective(name, body, method), config.microbatches))()
     by_features = config.answers != "classifier" and body.features is not None and not told
     if by_features and config.answers == "means":
         strategy = continual.class_means(strategy, features, drift_width=config.drift_width or None)

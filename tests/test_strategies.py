@@ -4,9 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import assert_close
 from scipy.special import log_softmax
 
-from jaxcl.continual import Batch, Strategy, cross_entropy, gradients_of, linear_probe, naive
+from jaxcl.continual import Batch, Strategy, cross_entropy, gradients_of, in_microbatches, linear_probe, naive
 
 B, D, K = 6, 4, 5
 
@@ -85,6 +86,31 @@ def test_gradients_of_differentiates_in_params_alone_and_passes_everything_on():
     assert float(grads["b"]) == pytest.approx(noise)
     assert float(metrics["noise"]) == pytest.approx(noise)
     assert float(metrics["loss"]) == pytest.approx(0.5 * 4 * 9 + 2 * noise, rel=1e-6)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 6])
+def test_gradients_in_microbatches_are_those_of_the_batch(count):
+    def loss(key, params, state, batch):
+        value, metrics = cross_entropy(jnp.tanh(batch.inputs @ params["w"]), batch)
+        return value + state * jnp.sum(params["w"] ** 2), metrics
+
+    batch, key, params = make_batch(masked=True, ragged=True), jax.random.key(0), {"w": jnp.ones((D, K))}
+    whole = Strategy(gradients_of(loss), lambda params, state, inputs, task: inputs @ params["w"])
+    parts = in_microbatches(whole, count)
+    assert parts._replace(gradients=whole.gradients) == whole
+    expected = whole.gradients(key, params, 0.1, batch)
+    jax.tree.map(assert_close, jax.jit(parts.gradients)(key, params, 0.1, batch), expected)
+
+
+def test_microbatches_must_be_parts_of_the_batch_and_draw_for_themselves():
+    strategy = Strategy(lambda key, params, state, batch: (jax.random.normal(key), {}), lambda *arguments: None)
+    with pytest.raises(ValueError, match=r"count: got 0"):
+        in_microbatches(strategy, 0)
+    with pytest.raises(ValueError, match=r"count: got 4; pass a divisor of the batch size, 6"):
+        in_microbatches(strategy, 4).gradients(jax.random.key(0), 0.0, (), make_batch())
+    found, _ = in_microbatches(strategy, 3).gradients(jax.random.key(0), 0.0, (), make_batch())
+    draws = [jax.random.normal(key) for key in jax.random.split(jax.random.key(0), 3)]
+    assert float(found) == pytest.approx(float(np.mean(draws)), rel=1e-5)
 
 
 # Cross entropy

@@ -24,7 +24,7 @@ def _batch() -> tuple[np.ndarray, np.ndarray]:
     return rng.integers(1000, 30_000, (BATCH, LENGTH)), rng.integers(0, CLASSES, BATCH)
 
 
-def _ours(sequential: bool) -> Step:
+def _ours(sequential: bool, microbatches: int = 1) -> Step:
     import jax
     import jax.numpy as jnp
     import optax
@@ -34,10 +34,11 @@ def _ours(sequential: bool) -> Step:
     from jaxcl.typing import PyTree
 
     tokens, labels = map(jnp.asarray, _batch())
+    batch = continual.Batch(tokens, labels, jnp.ones(BATCH), jnp.ones((BATCH, CLASSES), bool), jnp.int32(0))
     net, params = nets.load_bert(nets.minilm_folder())
-    mask = jnp.ones(tokens.shape, bool)
 
     def layers(function: LayerFunction, tokens: jax.Array) -> jax.Array:
+        mask = jnp.ones(tokens.shape, bool)
         vectors: jax.Array = nets.through_layers(function, lambda: net.apply(params, tokens, mask))
         return nets.mean_over_tokens(vectors, mask)
 
@@ -45,18 +46,15 @@ def _ours(sequential: bool) -> Step:
         method = adapters.oa_adapter(lambda path: path.endswith(("attention_output/kernel", "/output/kernel")), 16, 15)
     else:
         method = adapters.lora(lambda path: path.endswith(("/query/kernel", "/value/kernel")), RANK, alpha=ALPHA)
-    features, tx = continual.adapted_features(method, layers), optax.adam(1e-3)
+    objective, tx = continual.classification(layers, lambda head, features: features @ head), optax.adam(1e-3)
+    strategy = continual.in_microbatches(continual.adapted_network(method, params, objective), microbatches)
     adapter, state = method.init(jax.random.key(0), params)
     trained = continual.Adapted(adapter, jnp.zeros((net.width, CLASSES)))
 
-    def loss(trained: continual.Adapted) -> jax.Array:
-        logits = features(trained, state, tokens) @ trained.head
-        found = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
-        return found + method.penalty(trained.adapter, state)[0]
-
     @partial(jax.jit, donate_argnums=(0, 1))
     def train(trained: continual.Adapted, opt_state: PyTree) -> tuple[continual.Adapted, PyTree]:
-        updates, opt_state = tx.update(jax.grad(loss)(trained), opt_state)
+        grads, _ = strategy.gradients(jax.random.key(0), trained, state, batch)
+        updates, opt_state = tx.update(grads, opt_state)
         return optax.apply_updates(trained, updates), opt_state
 
     carried = jax.block_until_ready((trained, tx.init(trained)))
@@ -128,7 +126,9 @@ def _peft() -> Step:
 
 CASES = {
     "LoRA, rank 8, queries and values": Case(partial(_ours, False), _peft, repeats=7),
+    "LoRA, ours in 4 microbatches": Case(partial(_ours, False, 4), _peft, repeats=7),
     "OA-Adapter, rank 16, both blocks; PEFT's LoRA": Case(partial(_ours, True), _peft, repeats=7),
+    "OA-Adapter in 4 microbatches; PEFT's LoRA": Case(partial(_ours, True, 4), _peft, repeats=7),
     "OA-Adapter's penalty, 50th task; 2nd": Case(partial(_penalty, 50), partial(_penalty, 2), repeats=50),
 }
 

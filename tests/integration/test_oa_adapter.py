@@ -62,7 +62,7 @@ def words(tmp_path):
 def test_a_t5_answers_in_words(words, tmp_path):
     document = oa_adapter.main([
         "--preset", "smoke", *words, "--methods", "frozen", "oa_inputs", "--epochs", "20",
-        "--batch-size", "8", "--oa-rate", "0.03", "--out", str(tmp_path / "run"),
+        "--batch-size", "8", "--microbatches", "2", "--oa-rate", "0.03", "--out", str(tmp_path / "run"),
     ])  # fmt: skip
     learnt = document["results"]["oa_inputs"]["learning_accuracy"]["mean"]
     assert document["results"]["frozen"]["acc"]["mean"] < 0.2 and learnt > 0.4
@@ -77,6 +77,7 @@ def test_a_t5_answers_in_words(words, tmp_path):
         (["--data", "json:nowhere"], "data: got json:nowhere"),
         (["--oa-inputs-rank", "0"], "rank: got 0"),
         (["--oa-threshold", "0"], "threshold: got 0"),
+        (["--microbatches", "5"], "microbatches: got 5; pass a divisor of --batch-size, 32"),
     ],
 )
 def test_bad_settings_are_told(tmp_path, arguments, message):

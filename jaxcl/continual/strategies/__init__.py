@@ -17,6 +17,7 @@ from jaxcl.continual.strategies.contract import (
     cross_entropy,
     does_nothing,
     gradients_of,
+    in_microbatches,
     predict_by,
 )
 from jaxcl.continual.strategies.heads import Answered, ClassMeans, against_means, answered_by, class_means
@@ -60,6 +61,7 @@ __all__ = [
     "er",
     "ewc",
     "gradients_of",
+    "in_microbatches",
     "independent",
     "key_decisions",
     "key_value_bottleneck",

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxcl.typing import Array, Key, PyTree, bad_argument
+from jaxcl.typing import Array, Key, PyTree, bad_argument, check_count
 
 Metrics = dict[str, Array]
 Apply = Callable[[PyTree, Array], Any]  # (params, inputs [B, ...]) -> logits [B, K]
@@ -92,6 +92,46 @@ def gradients_of(loss: Loss) -> Callable[[Key, PyTree, PyTree, Batch], tuple[PyT
         return grads, metrics
 
     return gradients
+
+
+def in_microbatches(strategy: Strategy, count: int) -> Strategy:
+    """The strategy with its gradients taken of `count` parts of each batch, one after another, and averaged.
+
+    A step then keeps the activations of one part alone, and on CPU large networks are often faster, as more of these
+    stay in cache. Gradients and metrics are those of the whole batch, up to rounding, where the loss is a mean over its
+    examples and what does not depend on them; random numbers are drawn anew for each part.
+
+    Args:
+        strategy: any.
+        count: a divisor of the batch size. Example i goes into part i modulo `count`, so that of a batch split over
+            devices each has its share in all parts.
+
+    Raises:
+        ValueError: a count below 1; in training, one that does not divide the batch size.
+    """
+    check_count("count", count, 1)
+
+    def gradients(key: Key, params: PyTree, state: PyTree, batch: Batch) -> tuple[PyTree, Metrics]:
+        size = len(batch.weights)
+        if size % count:
+            raise bad_argument("count", count, f"pass a divisor of the batch size, {size}")
+        parts = jax.tree.map(
+            lambda leaf: leaf.reshape(-1, count, *leaf.shape[1:]).swapaxes(0, 1),
+            batch._replace(task=jnp.broadcast_to(batch.task, size)),
+        )
+        shares = batch.weights.reshape(-1, count).sum(axis=0) / jnp.maximum(batch.weights.sum(), 1)
+
+        def add_part(total: PyTree, item: tuple[Key, Array, Batch]) -> tuple[PyTree, None]:
+            key, share, part = item
+            found = strategy.gradients(key, params, state, part._replace(task=batch.task))
+            return jax.tree.map(lambda total, value: total + share.astype(total.dtype) * value, total, found), None
+
+        shapes = jax.eval_shape(strategy.gradients, key, params, state, batch)
+        nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+        total, _ = jax.lax.scan(add_part, nothing, (jax.random.split(key, count), shares, parts))
+        return total
+
+    return strategy if count == 1 else strategy._replace(gradients=gradients)
 
 
 def predict_by(apply: Apply) -> Callable[[PyTree, PyTree, Array, Array | None], Array]:
