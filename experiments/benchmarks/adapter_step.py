@@ -15,8 +15,8 @@ from experiments.card import Card
 CARDS = {
     "": Card(
         "6 min",
-        "LoRA and OA-Adapter 0.7 to 0.95 times as fast as PEFT, as fast in microbatches; a penalty no dearer at the 50th "
-        "task",
+        "LoRA and OA-Adapter 0.7 to 0.95 times as fast as PEFT, as fast in microbatches; a penalty no dearer at the "
+        "50th task",
     )
 }
 BATCH, LENGTH, CLASSES, RANK, ALPHA = 32, 128, 10, 8, 16
