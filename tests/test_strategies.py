@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import assert_close
+from helpers import assert_close, host_mesh
+from jax.sharding import NamedSharding, PartitionSpec
 from scipy.special import log_softmax
 
 from jaxcl.continual import Batch, Strategy, cross_entropy, gradients_of, in_microbatches, linear_probe, naive
@@ -100,6 +101,21 @@ def test_gradients_in_microbatches_are_those_of_the_batch(count):
     assert parts._replace(gradients=whole.gradients) == whole
     expected = whole.gradients(key, params, 0.1, batch)
     jax.tree.map(assert_close, jax.jit(parts.gradients)(key, params, 0.1, batch), expected)
+
+
+def test_devices_keep_their_examples_in_microbatches():
+    whole = Strategy(
+        gradients_of(lambda key, params, state, batch: cross_entropy(jnp.tanh(batch.inputs @ params), batch)),
+        lambda *arguments: None,
+    )
+    several = [make_batch(seed, masked=True, ragged=True) for seed in range(8)]
+    batch = jax.tree.map(lambda *leaves: np.concatenate(leaves), *(one._replace(task=()) for one in several))
+    split = jax.device_put(batch, NamedSharding(host_mesh(), PartitionSpec("devices")))
+    key, params, task = jax.random.key(0), jnp.ones((D, K)), jnp.int32(0)
+    step = jax.jit(in_microbatches(whole, 3).gradients).lower(key, params, (), split._replace(task=task)).compile()
+    assert not any(f"{moved}(" in step.as_text() for moved in ("all-gather", "all-to-all", "collective-permute"))
+    found = step(key, params, (), split._replace(task=task))
+    jax.tree.map(assert_close, found, whole.gradients(key, params, (), batch._replace(task=task)))
 
 
 def test_microbatches_must_be_parts_of_the_batch_and_draw_for_themselves():
