@@ -97,10 +97,10 @@ def gradients_of(loss: Loss) -> Callable[[Key, PyTree, PyTree, Batch], tuple[PyT
 def in_microbatches(strategy: Strategy, count: int) -> Strategy:
     """The strategy with its gradients taken of `count` parts of each batch, one after another, and averaged.
 
-    A step then keeps the activations of one part alone, and on CPU large networks are often faster, as more of these
-    stay in cache. Gradients and metrics are those of the whole batch, up to rounding, where the loss is a mean over its
-    examples and what does not depend on them; random numbers are drawn anew for each part. A loss that is a mean over
-    tokens, as that of `nets.text_to_text`, becomes one over each part's, parts counting by their examples.
+    A step then keeps the activations of one part alone, and on CPU large networks may be faster. Gradients and metrics
+    are those of the whole batch, up to rounding, where the loss is a mean over its examples and what does not depend on
+    them; random numbers are drawn anew for each part. A loss that is a mean over tokens, as that of
+    `nets.text_to_text`, becomes one over each part's, parts counting by their examples.
 
     Args:
         strategy: any.
